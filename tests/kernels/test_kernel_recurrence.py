@@ -1,0 +1,172 @@
+"""The recurrence: chunks against one step after another, states, packed sequences, decays at their limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from agreement import assert_agrees, assert_as_exact_as_reference
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_close
+from torch import Tensor
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+from zoo import kernels
+from zoo.errors import ZooError
+
+
+def inputs(
+    batch: int = 2, tokens: int = 13, groups: int = 2, heads: int = 4, key_dim: int = 3, value_dim: int = 5
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`q, k, v, log_decay, state`."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(batch, tokens, groups, key_dim, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(batch, tokens, heads, value_dim, dtype=torch.float64)
+    log_decay = -torch.rand(batch, tokens, heads, dtype=torch.float64)
+    return q, k, v, log_decay, torch.randn(batch, heads, key_dim, value_dim, dtype=torch.float64)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, **flags: Any) -> tuple[Tensor, Tensor]:
+    return kernels.recurrence(q, k, v, log_decay=log_decay, state=state, **flags)
+
+
+@given(st.data())
+def test_agrees_with_reference(data: st.DataObject) -> None:
+    draw = data.draw
+    groups = draw(st.integers(1, 3))
+    batch, tokens, heads = draw(st.integers(1, 2)), draw(st.integers(1, 40)), groups * draw(st.integers(1, 3))
+    q, k, v, log_decay, state = inputs(batch, tokens, groups, heads, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    flags: dict[str, Any] = {"chunk": draw(st.sampled_from([1, 4, 7, 64])), "scale": draw(st.sampled_from([None, 0.3]))}
+    if draw(st.booleans()):
+        flags["segments"] = torch.stack([torch.arange(tokens) * (row + 1) // 5 for row in range(batch)])
+    decay = draw(st.sampled_from(["none", "constant", "full"]))
+    if decay == "none":
+        assert_agrees("recurrence", lambda q, k, v, s: kernels.recurrence(q, k, v, state=s, **flags), q, k, v, state)
+    else:
+        log_decay = log_decay if decay == "full" else log_decay[0, 0]
+        assert_agrees("recurrence", lambda *tensors: run(*tensors, **flags), q, k, v, log_decay, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_exact_as_reference(dtype: torch.dtype) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.recurrence(q, k, v, log_decay=a, chunk=16)
+
+    assert_as_exact_as_reference("recurrence", dtype, function, *inputs(tokens=70)[:4])
+
+
+@pytest.mark.parametrize("cuts", [[6, 7], [1] * 13, [4, 1, 8]])
+def test_split_equals_whole(cuts: list[int]) -> None:
+    *tensors, state = inputs()
+    whole, final = run(*tensors, state, chunk=4)
+    parts = []
+    for pieces in zip(*(x.split(cuts, 1) for x in tensors), strict=True):
+        out, state = run(*pieces, state, chunk=4)
+        parts.append(out)
+    assert_close(torch.cat(parts, 1), whole)
+    assert_close(state, final)
+
+
+def test_packed_equals_apart() -> None:
+    q, k, v, log_decay, state = inputs()
+    lengths = [3, 1, 9]
+    segments = torch.repeat_interleave(torch.tensor([5, 0, 5]), torch.tensor(lengths)).expand(2, -1)
+    whole, final = run(q, k, v, log_decay, state, segments=segments, chunk=4)
+    parts = []
+    for pieces in zip(*(x.split(lengths, 1) for x in (q, k, v, log_decay)), strict=True):
+        out, state = run(*pieces, state)
+        parts.append(out)
+        state, last = torch.zeros_like(state), state
+    assert_close(whole, torch.cat(parts, 1))
+    assert_close(final, last)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_decay_at_its_limits(chunk: int) -> None:
+    """A decay of zero forgets, a decay of one keeps, and neither gives NaN, nor do both side by side."""
+    q, k, v, log_decay, state = inputs(tokens=12)
+    log_decay[:, 4] = log_decay[:, 5] = float("-inf")
+    log_decay[:, 7:9] = 0
+    log_decay[0, 9:] = -300
+    assert_agrees("recurrence", lambda *tensors: run(*tensors, chunk=chunk), q, k, v, log_decay, state)
+    out, final = run(q, k, v, log_decay, state, chunk=chunk)
+    rest, last = run(q[:, 5:], k[:, 5:], v[:, 5:], log_decay[:, 5:], torch.zeros_like(state), chunk=chunk)
+    assert_close(out[:, 5:], rest)
+    assert_close(final, last)
+
+
+def test_strong_decay_does_not_disturb_what_follows() -> None:
+    """Sums of logarithms lose digits after a strong decay; what remains must be good to float32 all the same."""
+    q, k, v, log_decay, _ = inputs(tokens=64)
+    log_decay[:, 5] = float("-inf")
+    exact, _ = kernels.recurrence(q, k, v, log_decay=log_decay)
+    tensors = [x.float() for x in (q, k, v)]
+    out, _ = kernels.recurrence(*tensors, log_decay=log_decay.float())
+    assert_close(out, exact)
+
+
+def test_agrees_with_transformers_mamba2() -> None:
+    q, k, v, _, state = inputs(tokens=21, groups=2, heads=4)
+    dt, A = torch.rand(2, 21, 4, dtype=torch.float64), -torch.rand(4, dtype=torch.float64)
+    expected, final = mamba2_chunk_scan(
+        v, dt, A, k, q, 8, initial_states=state.transpose(2, 3), return_final_states=True
+    )
+    out, last = run(q, k, v * dt[..., None], dt * A, state)
+    # They compute in float32.
+    torch.testing.assert_close(out.float(), expected.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last.transpose(2, 3).float(), final.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_without_decay_it_is_causal_attention_without_softmax() -> None:
+    q, k, v, _, _ = inputs(groups=4)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k).tril()
+    out, final = kernels.recurrence(q, k, v, chunk=4, scale=0.5)
+    assert_close(out, 0.5 * torch.einsum("bhij,bjhd->bihd", scores, v))
+    assert_close(final, torch.einsum("bihd,bihe->bhde", k, v))
+
+
+@pytest.mark.parametrize("segments", [None, torch.tensor([[0, 0, 1, 1, 1]])])
+def test_gradcheck(segments: Tensor | None) -> None:
+    tensors = [x.requires_grad_() for x in inputs(1, 5, 1, 2, 2, 2)]
+    assert torch.autograd.gradcheck(lambda *tensors: run(*tensors, segments=segments, chunk=2), tensors)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 0), (0, 3), (1, 1)])
+def test_empty_and_tiny(batch: int, tokens: int) -> None:
+    q, k, v, log_decay, state = inputs(batch, tokens)
+    out, final = run(q, k, v, log_decay, state)
+    assert out.shape == v.shape
+    assert final.shape == state.shape
+    if tokens == 0:
+        assert torch.equal(final, state)
+
+
+def test_state_of_half_precision_is_float32() -> None:
+    q, k, v, _, _ = (x.bfloat16() for x in inputs())
+    out, final = kernels.recurrence(q, k, v)
+    assert (out.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_meta(tokens: int) -> None:
+    tensors = [x.to("meta") for x in inputs(tokens=tokens)]
+    out, final = run(*tensors)
+    assert (out.shape, final.shape) == (tensors[2].shape, tensors[4].shape)
+
+
+def test_bad_input() -> None:
+    q, k, v, log_decay, state = inputs()
+    with pytest.raises(ZooError, match=r"v has 3 heads and q has 2 groups"):
+        kernels.recurrence(q, k, v[:, :, :3])
+    with pytest.raises(ZooError, match=r"k has shape \[2, 12, 2, 3\], expected .* \[2, 13, 2, 3\]"):
+        kernels.recurrence(q, k[:, 1:], v)
+    with pytest.raises(ZooError, match=r"log_decay has shape \[2, 13\], expected \[heads\] = \[4\]"):
+        kernels.recurrence(q, k, v, log_decay=log_decay[..., 0])
+    with pytest.raises(ZooError, match=r"state has shape \[2, 4, 5, 3\]"):
+        kernels.recurrence(q, k, v, state=state.transpose(2, 3))
+    with pytest.raises(ZooError, match="segments has dtype torch.float64"):
+        kernels.recurrence(q, k, v, segments=log_decay[..., 0])
+    with pytest.raises(ZooError, match="chunk is 0"):
+        kernels.recurrence(q, k, v, chunk=0)

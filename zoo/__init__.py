@@ -1,0 +1,83 @@
+"""zoo: specs in YAML become PyTorch models, specs with holes become architecture searches under budgets.
+
+`zoo.load` reads a spec, `zoo.build` makes it a model, `zoo.metrics` counts what it costs; every registered component is
+here under its class name (`zoo.Attention(heads=8)`). Nothing is imported before it is asked for: reading, checking and
+counting specs never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
+    from zoo.component import Axis, Child, Component, Role, Scope, Traits
+    from zoo.errors import SpecError, ZooError
+    from zoo.metrics import Workload, metrics
+    from zoo.model import Model, Output, State, build, load_model
+    from zoo.registry import components, register
+    from zoo.search.space import Space, load_space
+    from zoo.spec.document import dump, load, parse, spec_hash
+
+_HOMES = {
+    "Axis": "zoo.parameter",
+    "Child": "zoo.component",
+    "Component": "zoo.component",
+    "Model": "zoo.model",
+    "Output": "zoo.model",
+    "Role": "zoo.registry",
+    "Scope": "zoo.component",
+    "Space": "zoo.search.space",
+    "SpecError": "zoo.errors",
+    "State": "zoo.model",
+    "Traits": "zoo.component",
+    "Workload": "zoo.metrics",
+    "ZooError": "zoo.errors",
+    "build": "zoo.model",
+    "components": "zoo.registry",
+    "dump": "zoo.spec.document",
+    "load": "zoo.spec.document",
+    "load_model": "zoo.model",
+    "load_space": "zoo.search.space",
+    "metrics": "zoo.metrics",
+    "parse": "zoo.spec.document",
+    "register": "zoo.registry",
+    "spec_hash": "zoo.spec.document",
+}
+
+try:
+    __version__ = version("zoo-nas")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is not None:
+        found = getattr(import_module(home), name)
+    elif name.startswith("_") or name.islower():
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    else:
+        found = _component(name)
+    globals()[name] = found
+    return found
+
+
+def _component(name: str) -> Any:
+    from zoo.errors import did_you_mean
+    from zoo.registry import components
+
+    by_name = {component.__name__: component for component in components()}
+    if name not in by_name:
+        raise AttributeError(f"module 'zoo' has no component {name!r}{did_you_mean(name, by_name)}")
+    return by_name[name]
+
+
+def __dir__() -> list[str]:
+    from zoo.registry import components
+
+    return sorted({*__all__, *(component.__name__ for component in components())})

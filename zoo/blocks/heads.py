@@ -1,0 +1,130 @@
+"""Heads: from the stream to what is asked of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from zoo.component import Child, Complaint, Component, Linear, Scope, Size
+from zoo.context import Context
+from zoo.cost import Call, Cost, elementwise
+from zoo.parameter import Axis
+from zoo.registry import Role, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pool = Literal["mean", "first", "last"]
+
+
+class HeadBase(Component):
+    """What the model asks of its head."""
+
+    kind: ClassVar[str]
+    """`language_model`, `classifier` or `regression`: which loss belongs to it."""
+    causal: ClassVar[bool] = False
+    """Whether a model with this head is causal unless it says otherwise."""
+    ties: ClassVar[bool] = False
+    """Whether the head may use the stem's table."""
+
+
+@register("language_model", role=Role.HEAD, sources=["Press and Wolf 2016, Using the Output Embedding"])
+class LanguageModelHead(HeadBase):
+    r"""Scores for the next token: $E x$ with the stem's table $E$ if tied, else a matrix of its own.
+
+    `[batch, tokens, width]` to `[batch, tokens, vocab]`.
+    """
+
+    kind: ClassVar[str] = "language_model"
+    causal: ClassVar[bool] = True
+    tied: bool = True
+    """Share the stem's table of token vectors."""
+    softcap: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Scores become `softcap * tanh(scores / softcap)`, as in Gemma 2."""
+    linear: Linear | None = None
+
+    def check(self, scope: Scope) -> Iterator[Complaint]:
+        if scope.vocab is None:
+            yield Complaint("", "a language model needs a stem with a vocabulary; use `stem: {type: token, vocab: ...}`")
+
+    def outputs(self, scope: Scope) -> Axis:
+        return Axis("vocab", scope.vocab or 1)
+
+    def children(self, scope: Scope) -> Mapping[str, Child]:
+        return {} if self.tied else {"project": self.project(scope, Axis("width", scope.width), self.outputs(scope))}
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        from zoo.blocks.linear import Dense
+
+        inputs, outputs = Axis("width", scope.width), self.outputs(scope)
+        child = Component.project(self, scope.at(linear=Dense()), inputs, outputs) if self.tied else None
+        return child.cost(call) if child is not None else self.children_cost(scope, call)
+
+    def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        import torch.nn.functional as F
+
+        scores = F.linear(x, table) if table is not None else module.project(x)
+        return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
+
+
+class PooledHead(HeadBase):
+    """A head that reads one vector for a whole sample."""
+
+    pool: Pool | None = None
+    """What it reads: the mean of the tokens, the first (a class token) or the last; by default the class token where
+    there is one, the last token of a causal model, else the mean."""
+    bias: bool = True
+    """Whether the last projection has a bias."""
+    linear: Linear | None = None
+
+    def derive(self, scope: Scope) -> Mapping[str, Any]:
+        return {"pool": "first" if scope.prefix else "last" if scope.causal else "mean"}
+
+    def check(self, scope: Scope) -> Iterator[Complaint]:
+        if self.pool == "first" and scope.causal:
+            yield Complaint("pool", "the first token of a causal model has seen nothing else; use `last` or `mean`")
+
+    def axis(self) -> Axis:
+        """The axis of the outputs."""
+        raise NotImplementedError
+
+    def children(self, scope: Scope) -> Mapping[str, Child]:
+        return {"project": self.project(scope, Axis("width", scope.width), self.axis(), bias=self.bias)}
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        pooling = elementwise(call.rows * scope.width, call.element_bytes, operands=1, saved=0)
+        return self.children_cost(scope, call.with_tokens(1)) + pooling
+
+    def pooled(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.pool == "mean":
+            return x[:, ctx.prefix :].mean(dim=1)
+        return x[:, 0 if self.pool == "first" else -1]
+
+    def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return module.project(self.pooled(x, ctx))
+
+
+@register("classifier", role=Role.HEAD)
+class ClassifierHead(PooledHead):
+    """Scores for each class, `[batch, tokens, width]` to `[batch, classes]`."""
+
+    kind: ClassVar[str] = "classifier"
+    classes: Size
+    """How many classes there are."""
+
+    def axis(self) -> Axis:
+        return Axis("classes", self.classes)
+
+
+@register("regression", role=Role.HEAD)
+class RegressionHead(PooledHead):
+    """Real numbers, `[batch, tokens, width]` to `[batch, outputs]`."""
+
+    kind: ClassVar[str] = "regression"
+    outputs: Size = 1
+    """How many numbers there are."""
+
+    def axis(self) -> Axis:
+        return Axis("outputs", self.outputs)

@@ -1,0 +1,196 @@
+"""Mamba-2: a state space with one decay for each head, computed as matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from zoo import kernels
+from zoo.blocks.mamba import StateSpace
+from zoo.component import Child, Complaint, Positive, Scope, Size, Traits
+from zoo.context import Context, StateTree
+from zoo.cost import Call, Cost
+from zoo.kernels import work
+from zoo.parameter import Axis, Parameter, StateTensor, ones
+from zoo.registry import Role, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CONVOLVED = ("x", "B", "C")
+"""What the short convolution runs over, in the order in which its channels lie."""
+
+
+def first_decays(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Logarithms of rates drawn uniformly from `[1, 16)`."""
+    tensor.uniform_(1.0, 16.0, generator=generator).log_()
+
+
+@register(
+    "mamba2",
+    role=Role.MIXER,
+    traits=Traits(causal="always"),
+    sources=["Dao and Gu 2024, Transformers are SSMs, sections 6 and 7"],
+)
+class Mamba2(StateSpace):
+    r"""The state space dual layer: per head, linear attention with a decay that depends on the token.
+
+    $z, x, B, C, \delta = W u$ from the stream $u$; $x, B, C \leftarrow \mathrm{silu}(\mathrm{conv}(x, B, C))$, causal,
+    channel by channel. The `hidden` channels of $x$ are heads of `head_dim`; $B$ and $C$ are `groups` vectors of
+    `state_dim`, each shared by the heads of its group. With $\Delta = \mathrm{softplus}(\delta + b)$ and
+    $A = -e^{A_\mathrm{log}}$ each head $h$ keeps a matrix $S_h$, `[state_dim, head_dim]`:
+
+    $$S_{h,t} = e^{\Delta_{h,t} A_h} S_{h,t-1} + \Delta_{h,t} B_t x_{h,t}^\top, \qquad
+      y_{h,t} = S_{h,t}^\top C_t + D_h x_{h,t}, \qquad
+      o = W_\mathrm{out}\, \mathrm{rmsnorm}(y \odot \mathrm{silu}(z)),$$
+
+    where the norm is over the channels of each group. `[batch, tokens, width]` to the same. In chunks of $c$ tokens
+    $O(\mathrm{width} \cdot \mathrm{hidden} + \mathrm{hidden} \cdot (c + \mathrm{state\_dim}))$ for each token, and a
+    state of about `hidden * state_dim` numbers, whatever the length. Causal wherever it stands.
+    """
+
+    head_dim: Size = 64
+    """Channels of a head; there are `hidden / head_dim` heads."""
+    state_dim: Size = 128
+    """Rows of each head's memory: the length of B and C."""
+    groups: Size = 1
+    """How many B and C there are; each serves `heads / groups` heads."""
+    chunk: Annotated[int, Field(ge=1, le=4096)] = work.CHUNK
+    """Tokens that are computed together as matrix products; changes the speed, not the result."""
+    norm_before_gate: bool = False
+    """Normalise first and gate then, $\\mathrm{rmsnorm}(y) \\odot \\mathrm{silu}(z)$."""
+    eps: Positive = 1e-5
+    """Added to the mean square in the norm."""
+
+    def check(self, scope: Scope) -> Iterator[Complaint]:
+        yield from super().check(scope)
+        hidden = self.hidden_axis.size
+        if hidden % self.head_dim:
+            below = hidden // self.head_dim * self.head_dim
+            nearest = " or ".join(f"{size}" for size in (below, below + self.head_dim) if size)
+            yield Complaint(
+                "head_dim",
+                f"the {hidden} hidden channels do not divide into heads of {self.head_dim}; head_dim "
+                f"{math.gcd(hidden, self.head_dim)} would, or hidden {nearest}",
+            )
+        elif self.heads % self.groups:
+            yield Complaint(
+                "groups",
+                f"groups {self.groups} does not divide the {self.heads} heads (hidden {hidden} / head_dim "
+                f"{self.head_dim}); groups {math.gcd(self.heads, self.groups)} would",
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.hidden_axis.size // self.head_dim
+
+    def axes(self) -> dict[str, Axis]:
+        """What each of the projections from the stream gives."""
+        states = Axis("group_states", self.groups * self.state_dim)
+        return {"z": self.hidden_axis, "x": self.hidden_axis, "B": states, "C": states, "dt": Axis("heads", self.heads)}
+
+    def children(self, scope: Scope) -> Mapping[str, Child]:
+        width = Axis("width", scope.width)
+        return {
+            **{name: self.project(scope, width, axis, bias=self.bias) for name, axis in self.axes().items()},
+            "out": self.project(scope, self.hidden_axis, width, bias=self.bias, residual=True),
+        }
+
+    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:  # noqa: ARG002
+        axes, heads = self.axes(), Axis("heads", self.heads)
+        found: dict[str, Parameter] = {}
+        for name in CONVOLVED:
+            found |= self.convolution(f"{name}_conv", axes[name])
+        return found | {
+            "dt_bias": self.steps(heads),
+            "A_log": Parameter((heads,), first_decays, decay=False),
+            "D": Parameter((heads,), ones, decay=False),
+            "norm_weight": Parameter((self.hidden_axis,), ones, decay=False),
+        }
+
+    def convolved(self) -> list[int]:
+        """How many channels each of `CONVOLVED` has."""
+        axes = self.axes()
+        return [axes[name].size for name in CONVOLVED]
+
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+        return {
+            "tail": StateTensor((self.conv_kernel - 1, sum(self.convolved()))),
+            "memory": StateTensor((self.heads, self.state_dim, self.head_dim), "float32"),
+        }
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        hidden, convolved, batch, tokens = self.hidden_axis.size, sum(self.convolved()), call.batch, call.tokens
+        wide, chunk = max(4, call.element_bytes), min(self.chunk, call.tokens)
+        memory = batch * hidden * self.state_dim * wide
+        # One score for each head and pair of tokens of a chunk, and one memory for each chunk.
+        scores = call.rows * chunk * self.heads * wide
+        memories = -(-tokens // chunk) * memory
+        convolution = work.causal_convolution_pointwise(batch, tokens, convolved, self.conv_kernel)
+        own = Cost(
+            flops=work.recurrence_flops(
+                batch, tokens, self.groups, self.heads, self.state_dim, self.head_dim, chunk=self.chunk
+            ),
+            # Nonlinearity of the convolution; step, skip, gate and norm of each channel; decays of each pair.
+            pointwise=convolution + call.rows * (2 * convolved + 11 * hidden + (4 + 3 * chunk) * self.heads),
+            traffic=call.element_bytes * (call.rows * (3 * convolved + 7 * hidden) + 2 * batch * convolved * 3)
+            + 2 * memory,
+            saved=call.element_bytes * call.rows * (2 * convolved + 4 * hidden) + 2 * scores + 2 * memories,
+            peak=call.element_bytes * call.rows * (convolved + 2 * hidden)
+            + wide * call.rows * (convolved + hidden)
+            + 2 * scores
+            + 2 * memories,
+        )
+        return self.children_cost(scope, call) + own
+
+    def forward(
+        self, module: Any, u: Tensor, ctx: Context, state: StateTree | None = None
+    ) -> tuple[Tensor, StateTree | None]:
+        import torch
+        import torch.nn.functional as F
+
+        from zoo.kernels.checks import at_least_float32
+
+        batch, tokens, _ = u.shape
+        old = state or {}
+        mixed, tail = kernels.causal_convolution(
+            torch.cat([getattr(module, name)(u) for name in CONVOLVED], dim=-1),
+            torch.cat([getattr(module, f"{name}_conv") for name in CONVOLVED]),
+            torch.cat([getattr(module, f"{name}_conv_bias") for name in CONVOLVED]) if self.conv_bias else None,
+            state=old.get("tail"),
+            segments=ctx.segments,
+            activation="silu",
+        )
+        x, B, C = mixed.split(self.convolved(), dim=-1)
+        x = x.view(batch, tokens, self.heads, self.head_dim)
+        B, C = (part.view(batch, tokens, self.groups, self.state_dim) for part in (B, C))
+        accumulator = at_least_float32(u.dtype)
+        dt = F.softplus(module.dt(u).to(accumulator) + module.dt_bias.to(accumulator))
+        y, memory = kernels.recurrence(
+            C,
+            B,
+            (x * dt.unsqueeze(-1)).to(x.dtype),
+            log_decay=-dt * module.A_log.to(accumulator).exp(),
+            state=old.get("memory"),
+            segments=ctx.segments,
+            chunk=self.chunk,
+        )
+        y = torch.addcmul(y, x, module.D.unsqueeze(-1)).flatten(2)
+        return module.out(self.gated(module, y, module.z(u))), None if state is None else {
+            "tail": tail,
+            "memory": memory,
+        }
+
+    def gated(self, module: Any, y: Tensor, z: Tensor) -> Tensor:
+        """The scan's output `[batch, tokens, hidden]`, gated by `z` and normalised over the channels of each group."""
+        import torch.nn.functional as F
+
+        gate = F.silu(z)
+        if not self.norm_before_gate:
+            y = y * gate
+        y = kernels.rms_norm(y.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2) * module.norm_weight
+        return y * gate if self.norm_before_gate else y

@@ -1,0 +1,151 @@
+"""The root of a spec: a stem, a body and a head, and what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from zoo.blocks.activations import SiLU
+from zoo.blocks.heads import HeadBase
+from zoo.blocks.linear import Dense
+from zoo.blocks.norms import RMSNorm
+from zoo.blocks.positions import LearnedPosition, Rotary
+from zoo.blocks.stems import StemBase
+from zoo.component import (
+    Activation,
+    Body,
+    Child,
+    Complaint,
+    Component,
+    Head,
+    Length,
+    Linear,
+    Norm,
+    Position,
+    Scope,
+    Size,
+    Slot,
+    Stem,
+)
+from zoo.context import Context, StateTree
+from zoo.cost import Call, Cost
+from zoo.registry import Role, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register("published", role=Role.RECORD)
+class Published(Component):
+    """Figures that a paper or a released checkpoint states for an architecture; `zoo validate` and tests check them."""
+
+    total_parameters: Annotated[int, Field(gt=0)] | None = None
+    """All trainable parameters."""
+    active_parameters: Annotated[int, Field(gt=0)] | None = None
+    """Parameters that one token uses."""
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """By which share the figures may differ, where the source rounds them."""
+    source: str | None = None
+    """Where the figures stand."""
+
+
+@register("model", role=Role.MODEL)
+class Spec(Component):
+    """A whole model: stem, body, head.
+
+    What it sets of `norm`, `activation`, `linear` and `position` holds wherever nothing nearer is set; left out they
+    are `rmsnorm`, `silu`, `dense`, and `rotary` for token models or `learned` for images.
+    """
+
+    transparent: ClassVar[bool] = True
+    zoo: Literal[1] = 1
+    """Version of the spec language."""
+    name: str | None = None
+    """What the architecture is called."""
+    summary: str | None = None
+    """One sentence about it."""
+    sources: tuple[str, ...] = ()
+    """Where it was published."""
+    catalogue: tuple[str, ...] = ()
+    """Entries of the catalogue that it expresses."""
+    published: Annotated[Component, Slot(Role.RECORD, default="published")] | None = None
+    """Figures that the counts are checked against."""
+
+    width: Size
+    """Channels of the stream between stem and body."""
+    context: Length = 1024
+    """The longest sequence of tokens; a stem that lays a grid sets its own."""
+    causal: bool | None = None
+    """Whether tokens see only earlier ones; by default what the head needs."""
+    init_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    """Standard deviation of weights at the start."""
+    norm: Norm | None = None
+    activation: Activation | None = None
+    linear: Linear | None = None
+    position: Position | None = None
+    stem: Stem
+    body: Body
+    head: Head
+
+    def root(self) -> Scope:
+        """The scope in front of the stem."""
+        causal = isinstance(self.head, HeadBase) and self.head.causal if self.causal is None else self.causal
+        images = isinstance(self.stem, StemBase) and self.stem.inputs == "images"
+        return Scope(
+            width=self.width,
+            grid=(self.context,),
+            causal=causal,
+            norm=self.norm or RMSNorm(),
+            activation=self.activation or SiLU(),
+            linear=self.linear or Dense(),
+            position=self.position or (LearnedPosition() if images else Rotary()),
+            init_std=self.init_std,
+        )
+
+    def fill(self, scope: Scope | None = None) -> Self:
+        """The same model with every default spelled out."""
+        scope = scope or self.root()
+        stem = self.stem.fill(scope)
+        inside = stem.out(scope)
+        body = self.body.fill(inside)
+        head = self.head.fill(body.out(inside))
+        return self.model_copy(
+            update={
+                "causal": scope.causal,
+                "norm": scope.norm,
+                "activation": scope.activation,
+                "linear": scope.linear,
+                "position": scope.position,
+                "stem": stem,
+                "body": body,
+                "head": head,
+            }
+        )
+
+    def check(self, scope: Scope) -> Iterator[Complaint]:
+        if isinstance(self.head, HeadBase) and self.head.causal and not scope.causal:
+            yield Complaint("causal", "a language model that sees later tokens has nothing to predict; remove `causal`")
+
+    def children(self, scope: Scope) -> Mapping[str, Child]:
+        inside = self.stem.out(scope)
+        return {
+            "stem": Child(self.stem, scope),
+            "body": Child(self.body, inside),
+            "head": Child(self.head, self.body.out(inside)),
+        }
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        stem = self.stem.out(scope)
+        call = call.with_tokens(stem.tokens) if len(stem.grid) > 1 else call
+        children = self.children(scope).values()
+        return sum((child.cost(self.resized(call, stem, child.scope)) for child in children), Cost())
+
+    def forward(
+        self, module: Any, inputs: Tensor, ctx: Context, state: StateTree | None = None
+    ) -> tuple[Tensor, StateTree]:
+        x = module.stem(inputs, ctx)
+        x, inside = module.body(x, ctx, (state or {}).get("body"))
+        tied = getattr(self.head, "tied", False)
+        return module.head(x, ctx, module.stem.weight if tied else None), ({"body": inside} if inside else {})

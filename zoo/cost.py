@@ -1,0 +1,93 @@
+"""Cost as arithmetic: what one call of a component takes, from its specification alone.
+
+FLOPs count two for each multiply-add of a matrix product and nothing else, as `torch.utils.flop_counter` does;
+arithmetic outside matrix products is kept apart in `pointwise`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The shape of one call: `tokens` new tokens for each of `batch` sequences that have seen `past` tokens before.
+
+    `element_bytes` is the size of an element of weights and activations.
+    """
+
+    batch: int = 1
+    tokens: int = 1024
+    past: int = 0
+    element_bytes: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix of activations, `batch * tokens`."""
+        return self.batch * self.tokens
+
+    def with_tokens(self, tokens: int) -> Self:
+        return replace(self, tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a call takes.
+
+    flops: of matrix products, forward.
+    backward: of matrix products, backward; twice the forward ones unless said otherwise.
+    pointwise: floating point operations outside matrix products, forward.
+    traffic: bytes read and written, each operand of each fused operation once, forward.
+    saved: bytes of activations that the backward pass needs.
+    peak: bytes of intermediate results that are alive at once in a forward pass without gradients, beside the input.
+
+    `a + b` runs `b` after `a`: everything adds up, but of the peaks the larger counts.
+    """
+
+    flops: float = 0.0
+    backward: float | None = None
+    pointwise: float = 0.0
+    traffic: float = 0.0
+    saved: float = 0.0
+    peak: float = 0.0
+
+    @property
+    def backward_flops(self) -> float:
+        return 2 * self.flops if self.backward is None else self.backward
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            flops=self.flops + other.flops,
+            backward=self.backward_flops + other.backward_flops,
+            pointwise=self.pointwise + other.pointwise,
+            traffic=self.traffic + other.traffic,
+            saved=self.saved + other.saved,
+            peak=max(self.peak, other.peak),
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        """The same call `times` times over, one after the other."""
+        return Cost(
+            flops=self.flops * times,
+            backward=self.backward_flops * times,
+            pointwise=self.pointwise * times,
+            traffic=self.traffic * times,
+            saved=self.saved * times,
+            peak=self.peak,
+        )
+
+    def holding(self, extra: float) -> Cost:
+        """The same with `extra` bytes held throughout, as for a residual stream beside its branch."""
+        return replace(self, peak=self.peak + extra)
+
+
+FREE = Cost()
+
+
+def elementwise(
+    elements: float, element_bytes: int, *, operations: float = 1, operands: int = 2, saved: int = 1
+) -> Cost:
+    """A map over `elements`: `operands` tensors read or written, `saved` of them kept for the backward pass."""
+    size = elements * element_bytes
+    return Cost(pointwise=elements * operations, traffic=operands * size, saved=saved * size, peak=size)

@@ -1,0 +1,84 @@
+"""What a user's mistake looks like: every error that the package raises on purpose derives from `ZooError`.
+
+A `Problem` is one thing that is wrong with a document: where, what was found, what was expected and the nearest thing
+that would work. A `SpecError` carries all problems of a document at once. The command line prints these without a
+traceback; anything else that escapes is a defect of the package.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+class ZooError(Exception):
+    """A mistake in what the user gave; the message says what was given and what would work."""
+
+    exit_code: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a text: `line` and `column` count from one; `text` is the whole line."""
+
+    file: str
+    line: int
+    column: int
+    text: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: the path of the value inside the document, a message, and where it was written."""
+
+    path: str
+    message: str
+    mark: Mark | None = None
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (str(self.mark) if self.mark else "", self.path) if part)
+        headline = f"{place}: {self.message}" if place else self.message
+        if self.mark is None or not self.mark.text:
+            return headline
+        line, column = _excerpt(self.mark.text, self.mark.column)
+        return f"{headline}\n    {line}\n    {' ' * (column - 1)}^"
+
+
+class SpecError(ZooError):
+    """A document that is not a valid spec or space, with every problem that was found in it."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None if none is close.
+
+    Similarity is that of `difflib.SequenceMatcher` on lower-case names, at least 0.6.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: `; did you mean 'x'?`, else the list of what is known."""
+    names: Sequence[str] = sorted(known)
+    best = nearest(name, names)
+    if best is not None:
+        return f"; did you mean {best!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def _excerpt(text: str, column: int, width: int = 120) -> tuple[str, int]:
+    """The part of a line around `column` that fits a terminal, with tabs as single blanks, and the column in it."""
+    text = text.replace("\t", " ")
+    if len(text) <= width:
+        return text, column
+    start = max(0, min(column - 1 - width // 2, len(text) - width))
+    return text[start : start + width], column - start

@@ -1,0 +1,39 @@
+"""The recurrence one token after another, as the formula reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.checks import at_least_float32
+from zoo.kernels.segments import starts
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    scale: float | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    del chunk
+    batch, tokens, groups, key_dim = q.shape
+    heads, value_dim = v.shape[2:]
+    dtype = at_least_float32(v.dtype if state is None else torch.promote_types(v.dtype, state.dtype))
+    q, k = (x.to(dtype).repeat_interleave(heads // groups, 2) for x in (q, k))
+    S = v.new_zeros(batch, heads, key_dim, value_dim, dtype=dtype) if state is None else state.to(dtype)
+    decay = v.new_ones(batch, tokens, heads, dtype=dtype)
+    if log_decay is not None:
+        decay = decay * log_decay.to(dtype).clamp(max=0).exp()
+    if segments is not None:
+        decay = decay.masked_fill(starts(segments)[..., None], 0)
+
+    outputs = [v.new_empty(batch, 0, heads, value_dim, dtype=dtype)]
+    for t in range(tokens):
+        S = decay[:, t, :, None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :].to(dtype)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S)[:, None])
+    out = torch.cat(outputs, 1)
+    return (out if scale is None else out * scale).to(v.dtype), S

@@ -1,0 +1,177 @@
+"""What a spec costs, counted from the specification alone: no model is built and torch is not imported.
+
+A `Tally` holds what adds up over the parts of a model. A search adds the tallies of layers that it has seen before;
+`zoo cost` prints them; `metrics` turns their sum into the figures that budgets speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from zoo.component import Child, Component, Scope
+from zoo.cost import Call
+from zoo.errors import ZooError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
+
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a model is asked to do: `batch` sequences of `seq` tokens at once, or one more token behind `past` others.
+
+    `seq` and `past` default to the model's context.
+    """
+
+    batch: int = 1
+    seq: int | None = None
+    past: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def element_bytes(self) -> int:
+        name = ALIASES.get(self.dtype, self.dtype)
+        if name not in ELEMENT_BYTES:
+            raise ZooError(f"unknown dtype {self.dtype!r}{did_you_mean(self.dtype, [*ELEMENT_BYTES, *ALIASES])}")
+        return ELEMENT_BYTES[name]
+
+    def at(self, context: int) -> Workload:
+        """The same with lengths filled in."""
+        seq = context if self.seq is None else self.seq
+        return replace(self, seq=seq, past=seq if self.past is None else self.past)
+
+    def forward(self) -> Call:
+        """One pass over all tokens."""
+        assert self.seq is not None
+        return Call(self.batch, self.seq, 0, self.element_bytes)
+
+    def decode(self) -> Call:
+        """One token more."""
+        assert self.past is not None
+        return Call(self.batch, 1, self.past, self.element_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a part of a model holds and takes under one workload; tallies of parts that follow each other add up.
+
+    Parameters are counted, `weights` and everything below `flops` is in FLOPs or bytes as in `zoo.cost.Cost`. `state`
+    is the state of the whole batch behind the last token, `state_token` what one more token of one sequence adds.
+    """
+
+    params: int = 0
+    active_params: float = 0
+    embedding_params: int = 0
+    flops: float = 0.0
+    backward_flops: float = 0.0
+    pointwise: float = 0.0
+    traffic: float = 0.0
+    saved: float = 0.0
+    decode_flops: float = 0.0
+    decode_traffic: float = 0.0
+    state: int = 0
+    state_token: int = 0
+    peak: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            *(mine + theirs for mine, theirs in zip(astuple(self)[:-1], astuple(other)[:-1], strict=True)),
+            peak=max(self.peak, other.peak),
+        )
+
+
+def tally(component: Component, scope: Scope, work: Workload, tokens: Call, token: Call) -> Tally:
+    """What one part holds and takes: `tokens` is its call in a forward pass, `token` in decoding."""
+    params, active, embedding = 0, 0.0, 0
+    state = before = 0
+    behind = (work.past or 0) + 1
+    for _, part, place in component.walk(scope):
+        for parameter in part.parameters(place).values():
+            params += parameter.count
+            active += parameter.count * parameter.active
+            embedding += parameter.count * parameter.embedding
+        if scope.causal:
+            state += sum(item.bytes(work.element_bytes) for item in part.state(place, behind).values())
+            before += sum(item.bytes(work.element_bytes) for item in part.state(place, behind - 1).values())
+    cost = component.cost(scope, tokens)
+    step = component.cost(scope, token)
+    return Tally(
+        params=params,
+        active_params=float(active),
+        embedding_params=embedding,
+        flops=cost.flops,
+        backward_flops=cost.backward_flops,
+        pointwise=cost.pointwise,
+        traffic=cost.traffic,
+        saved=cost.saved,
+        decode_flops=step.flops,
+        decode_traffic=step.traffic,
+        state=state * work.batch,
+        state_token=state - before,
+        peak=cost.peak,
+    )
+
+
+def parts(spec: Spec, work: Workload) -> Iterator[tuple[str, Component, Tally]]:
+    """The parts of a filled spec in order, with module paths: the stem, every layer, what stands between, the head."""
+    scope = spec.root()
+    stem = spec.stem.out(scope)
+    work = work.at(spec.context)
+    tokens = work.forward().with_tokens(stem.tokens) if len(stem.grid) > 1 else work.forward()
+    yield from _parts(Child(spec, scope), "", stem, work, tokens, work.decode())
+
+
+def _parts(
+    child: Child, path: str, start: Scope, work: Workload, tokens: Call, token: Call
+) -> Iterator[tuple[str, Component, Tally]]:
+    component, scope = child
+    if not component.transparent:
+        resized = component.resized(tokens, start, scope) if path != "stem" else tokens
+        yield path, component, tally(component, scope, work, resized, token)
+        return
+    for name, inside in component.children(scope).items():
+        yield from _parts(inside, f"{path}.{name}" if path else name, start, work, tokens, token)
+
+
+def total(spec: Spec, work: Workload | None = None) -> Tally:
+    """What the whole model holds and takes."""
+    return sum((found for _, _, found in parts(spec.fill(), work or Workload())), Tally())
+
+
+def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
+    """The figures that budgets speak of, by name.
+
+    `memory` is what inference holds at once: weights, the state, and the largest set of intermediate results.
+    `train_memory` is weights, gradients and Adam's two moments in float32, with all activations saved for the backward
+    pass.
+    """
+    found = sum_of_parts
+    weights = found.params * work.element_bytes
+    return {
+        "params": found.params,
+        "active_params": round(found.active_params),
+        "embedding_params": found.embedding_params,
+        "weights": weights,
+        "flops": found.flops,
+        "train_flops": found.flops + found.backward_flops,
+        "decode_flops": found.decode_flops,
+        "pointwise": found.pointwise,
+        "traffic": found.traffic,
+        "decode_traffic": found.decode_traffic,
+        "state": found.state,
+        "state_token": found.state_token,
+        "activations": found.peak,
+        "memory": weights + found.state + found.peak,
+        "train_memory": 4 * 4 * found.params + found.saved + found.peak,
+    }
+
+
+def metrics(spec: Spec, work: Workload | None = None) -> dict[str, Any]:
+    """All analytic figures of a spec under a workload; counts are exact."""
+    work = (work or Workload()).at(spec.context)
+    return figures(total(spec, work), work)

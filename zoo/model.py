@@ -1,0 +1,230 @@
+"""A built model: forward passes, streaming with a state, generation, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from zoo.blocks.model import Spec
+from zoo.builder import Block, declared, empty_state, initialize
+from zoo.context import Context
+from zoo.errors import ZooError
+from zoo.generate import generate
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a model remembers of the `past` tokens that it has seen; there is room for `capacity` of them."""
+
+    past: int
+    capacity: int
+    tree: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a forward pass returns.
+
+    logits: `[batch, tokens, vocab]` of a language model, `[batch, classes]`, or `[batch, outputs]`.
+    losses: auxiliary losses, weighted, to be added to the model's own. state: set if one was given.
+    hidden: the output of each layer `[batch, tokens, width]`, if asked for.
+    """
+
+    logits: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    state: State | None = None
+    hidden: tuple[Tensor, ...] | None = None
+
+
+class Model(Block):
+    """A spec as a `torch.nn.Module`; `zoo.build` makes it."""
+
+    def __init__(self, spec: Spec) -> None:
+        spec = spec.fill()
+        super().__init__(spec, spec.root())
+        self.spec = spec
+        self.checkpointing = False
+
+    @property
+    def head_kind(self) -> str:
+        """`language_model`, `classifier` or `regression`."""
+        return getattr(self.spec.head, "kind", "other")
+
+    @property
+    def no_decay(self) -> frozenset[str]:
+        """Names of the parameters that weight decay must leave alone."""
+        return frozenset(name for name, parameter in declared(self.spec, self.scope) if not parameter.decay)
+
+    def set_checkpointing(self, enabled: bool = True) -> Self:
+        """Recompute each layer in the backward pass in place of keeping its activations."""
+        self.checkpointing = enabled
+        return self
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        state: State | None = None,
+        segments: Tensor | None = None,
+        hidden_states: bool = False,
+    ) -> Output:
+        """What the model says of `inputs`.
+
+        `inputs` are `[batch, tokens]` integers or `[batch, channels, height, width]` images. With a `state`, the
+        inputs follow on the tokens that it has seen and `Output.state` has seen them too. `segments`
+        `[batch, tokens]` names the sequence of each token where several are laid end to end; it excludes a state.
+        """
+        place = self.spec.stem.out(self.scope)
+        streaming = place.prefix == 0 and len(place.grid) == 1
+        tokens = inputs.shape[1] if streaming else place.tokens
+        past = 0 if state is None else state.past
+        self._check(tokens, streaming, state, segments)
+        ctx = Context(
+            positions=_positions(tokens, past, segments, inputs.device),
+            past=past,
+            grid=(tokens,) if streaming else place.grid,
+            prefix=place.prefix,
+            segments=segments,
+            hidden=[] if hidden_states else None,
+            checkpointing=self.checkpointing,
+        )
+        logits, tree = super().forward(inputs, ctx, None if state is None else state.tree)
+        return Output(
+            logits=logits,
+            losses={name: torch.stack(values).sum() for name, values in ctx.losses.items()},
+            state=None if state is None else State(past + tokens, state.capacity, tree),
+            hidden=None if ctx.hidden is None else tuple(ctx.hidden),
+        )
+
+    def _check(self, tokens: int, streaming: bool, state: State | None, segments: Tensor | None) -> None:
+        if state is not None and not (streaming and self.scope.causal):
+            raise ZooError("only a causal model of token sequences can go on from a state")
+        if state is not None and segments is not None:
+            raise ZooError("packed sequences (`segments`) and a state exclude each other")
+        if state is not None and state.past + tokens > state.capacity:
+            raise ZooError(
+                f"the state has room for {state.capacity} tokens: {state.past} are taken and {tokens} more came; "
+                "ask `init_state` for more"
+            )
+
+    def init_state(self, batch: int, capacity: int | None = None) -> State:
+        """The state before the first token, for `batch` sequences of up to `capacity` tokens (the spec's context)."""
+        capacity = self.spec.context if capacity is None else capacity
+        like = next(self.parameters())
+        return State(0, capacity, empty_state(self.spec, self.scope, batch, capacity, like))
+
+    def prefill(self, tokens: Tensor, state: State | None = None, *, chunk: int | None = None) -> Output:
+        """Feed `tokens` `[batch, tokens]`, at most `chunk` at a time; the output is that of the last piece."""
+        state = self.init_state(tokens.shape[0]) if state is None else state
+        pieces = tokens.split(chunk or max(1, tokens.shape[1]), dim=1)
+        output: Output = self(pieces[0], state=state)
+        for piece in pieces[1:]:
+            output = self(piece, state=output.state)
+        return output
+
+    def step(self, tokens: Tensor, state: State) -> Output:
+        """One more token for each sequence, `[batch]` or `[batch, 1]`."""
+        return self(tokens.reshape(-1, 1), state=state)
+
+    def generate(self, prompt: Tensor, max_tokens: int, **options: Any) -> Tensor:
+        """Continue `prompt` `[batch, tokens]`; see `zoo.generate.generate` for the options."""
+        return generate(self, prompt, max_tokens, **options)
+
+    def example_inputs(self, batch: int, tokens: int) -> Tensor:
+        """Inputs of the right shape and kind, on the model's device."""
+        parameter = next(self.parameters())
+        stem = self.spec.stem
+        if getattr(stem, "inputs", "tokens") == "images":
+            channels, (height, width) = getattr(stem, "channels", 3), getattr(stem, "image", (1, 1))
+            return torch.zeros(batch, channels, height, width, dtype=parameter.dtype, device=parameter.device)
+        vocab = getattr(stem, "vocab", 2)
+        flat = torch.arange(batch * tokens, device=parameter.device) % vocab
+        return flat.reshape(batch, tokens)
+
+    def forward_case(self, batch: int, tokens: int) -> Callable[[], object]:
+        """A call without arguments that runs one forward pass, for timing."""
+        inputs = self.example_inputs(batch, tokens)
+        return lambda: self(inputs)
+
+    def decode_case(self, batch: int, past: int) -> Callable[[], object]:
+        """A call without arguments that decodes one token behind `past` others, the same each time, for timing."""
+        state = self.init_state(batch, past + 1)
+        if past:
+            state = self.prefill(self.example_inputs(batch, past), state, chunk=512).state
+        token = self.example_inputs(batch, 1)
+        assert state is not None
+        return lambda: self(token, state=state)
+
+    def save(self, path: str | Path) -> Path:
+        """Write weights and spec into one safetensors file; `zoo.load_model` reads it. Returns the path."""
+        from safetensors.torch import save_file
+
+        from zoo.spec.document import dump
+
+        path = Path(path)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, path, metadata={"spec": dump(self.spec)})
+        return path
+
+
+def build(
+    spec: Spec | Mapping[str, Any] | str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Model:
+    """A model from a spec, a spec's name, or a file.
+
+    On `meta` nothing is allocated. Elsewhere each parameter gets values that depend on `seed` and its name only.
+    """
+    from zoo.spec.document import as_spec
+
+    spec = as_spec(spec)
+    with torch.device("meta"):
+        model = Model(spec)
+    model = model.to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model = model.to_empty(device=device)
+    initialize(model, dict(declared(model.spec, model.scope)), seed)
+    return model
+
+
+def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """The model that `Model.save` wrote. Only tensors and the spec's text are read: nothing in the file is executed."""
+    from safetensors import SafetensorError, safe_open
+
+    from zoo.spec.document import parse
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get("spec")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"{path}: not a readable safetensors file: {error}") from None
+    if text is None:
+        raise ZooError(f"{path}: holds weights but no spec; only files that `Model.save` wrote can be loaded")
+    spec = parse(text, file=str(path))
+    kind = next(iter(tensors.values())).dtype if tensors else torch.float32
+    model = build(spec, device="meta", dtype=kind)
+    try:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ZooError(f"{path}: the weights do not fit the spec in the same file: {error}") from None
+    return model.to(device=device, dtype=dtype)
+
+
+def _positions(tokens: int, past: int, segments: Tensor | None, device: torch.device) -> Tensor:
+    """Positions from `past` on; in packed sequences each segment counts from zero."""
+    positions = torch.arange(past, past + tokens, device=device)
+    if segments is None:
+        return positions
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return positions - torch.where(starts, positions, 0).cummax(dim=1).values

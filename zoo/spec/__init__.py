@@ -1,0 +1,1 @@
+"""Specs: what a file says, as typed nodes."""

@@ -1,0 +1,253 @@
+"""Spec files: reading them with everything they extend, printing them, and what identifies a spec.
+
+A spec is named by a path or by a name; names are those of the files in the package's `specs` folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.component import Component, Role, slots
+from zoo.errors import Problem, SpecError, ZooError, did_you_mean
+from zoo.spec.construct import ROOT, construct
+from zoo.spec.source import parse_yaml, read_text, scalar
+from zoo.spec.template import Template, compile_document
+from zoo.spec.tree import Tree, merge, tree
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
+
+MAX_EXTENDS = 16
+SUFFIXES = (".yaml", ".yml")
+METADATA = ("zoo", "name", "summary", "sources", "catalogue", "published")
+"""Fields of the root that say something about an architecture and are no part of it."""
+_ROOT_MARKERS = (".git", "pyproject.toml")
+
+
+def specs_folder() -> Path:
+    """Where the shipped specs are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "specs"
+    return inside if inside.is_dir() else package.parent / "specs"
+
+
+def spec_names() -> list[str]:
+    """Names of the shipped specs and spaces."""
+    folder = specs_folder()
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def locate(name: str | Path) -> Path:
+    """The file that a path or a shipped name stands for."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = specs_folder() / f"{name}.yaml"
+    if isinstance(name, str) and name in spec_names():
+        return shipped
+    if path.suffix in SUFFIXES:
+        here = path.parent if path.parent.is_dir() else Path()
+        raise ZooError(f"{name}: no such file{did_you_mean(path.name, [file.name for file in here.glob('*.y*ml')])}")
+    raise ZooError(f"no spec is called {str(name)!r}{did_you_mean(str(name), spec_names())}")
+
+
+def read(name: str | Path) -> Template:
+    """The compiled document of a file or a shipped name, holes and all."""
+    path = locate(name)
+    return compile_document(_extended(parse_yaml(read_text(path), str(path)), [path]))
+
+
+def read_text_as(text: str, file: str = "<text>") -> Template:
+    """The compiled document of a text; what it extends is found by name, or from the current folder."""
+    return compile_document(_extended(parse_yaml(text, file), [Path.cwd() / file]))
+
+
+def load(name: str | Path) -> Spec:
+    """The spec of a file or a shipped name.
+
+    A `SpecError` carries every problem of the document with file, line and column; a hole is one.
+    """
+    return construct(read(name).closed())  # type: ignore[return-value]
+
+
+def parse(text: str, file: str = "<text>") -> Spec:
+    """The spec that a YAML text describes."""
+    return construct(read_text_as(text, file).closed())  # type: ignore[return-value]
+
+
+def as_spec(given: Spec | Mapping[str, Any] | str | Path) -> Spec:
+    """A spec from itself, from a mapping, or from a name or path; in each case checked across its fields."""
+    if isinstance(given, str | Path):
+        return load(given)
+    if isinstance(given, Component):
+        construct_checks(given)
+        return given  # type: ignore[return-value]
+    return construct(compile_document(_extended(tree(given), [Path.cwd() / "<mapping>"])).closed())  # type: ignore[return-value]
+
+
+def construct_checks(spec: Component) -> None:
+    """Check a spec that was made in Python across its fields."""
+    from zoo.spec.construct import complaints
+
+    filled = spec.fill(spec.root())  # type: ignore[attr-defined]
+    problems = [Problem(path, message) for path, message in complaints(filled, "")]
+    if problems:
+        raise SpecError(dict.fromkeys(problems))
+
+
+def _extended(document: Tree, files: list[Path]) -> Tree:
+    """The document laid on the one that it extends, if any."""
+    if not isinstance(document.value, dict):
+        raise SpecError([Problem("", "expected a mapping at the top of a spec", document.mark)])
+    base = document.entries.get("extends")
+    own = {key: item for key, item in document.entries.items() if key != "extends"}
+    rest = Tree(own, document.mark, document.keys)
+    if base is None:
+        return rest
+    if not isinstance(base.value, str):
+        raise SpecError([Problem("extends", f"expected the name or path of a spec; got {base.plain()!r}", base.mark)])
+    try:
+        path = _base_file(base.value, files)
+    except ZooError as error:
+        raise SpecError([Problem("extends", str(error), base.mark)]) from None
+    below = _extended(parse_yaml(read_text(path), str(path)), [*files, path])
+    about = {key: item for key, item in below.entries.items() if key not in METADATA or key == "zoo"}
+    return merge(Tree(about, below.mark, below.keys), rest)
+
+
+def _base_file(name: str, files: list[Path]) -> Path:
+    """The file that `extends` names, seen from the last of `files`; it must not leave the project nor go in circles."""
+    if Path(name).suffix in SUFFIXES or name.startswith("."):
+        path = (files[-1].parent / name).resolve()
+        top = _project(files[0].resolve())
+        if Path(name).is_absolute() or not path.is_relative_to(top):
+            raise ZooError(f"{name!r} leaves the project {top}; give a path inside it, or the name of a shipped spec")
+        if not path.is_file():
+            known = [file.name for file in files[-1].parent.glob("*.y*ml")]
+            raise ZooError(f"no such file: {name!r}{did_you_mean(path.name, known)}")
+    else:
+        path = locate(name)
+    if any(path.resolve() == file.resolve() for file in files):
+        circle = " -> ".join([*(file.name for file in files), path.name])
+        raise ZooError(f"extends itself: {circle}")
+    if len(files) > MAX_EXTENDS:
+        raise ZooError(f"extends more than {MAX_EXTENDS} files in a row")
+    return path
+
+
+def _project(file: Path) -> Path:
+    """The folder that a document's paths may not leave: the repository around it, or its own folder."""
+    for folder in file.parents:
+        if any((folder / marker).exists() for marker in _ROOT_MARKERS):
+            return folder
+    return file.parent
+
+
+def canonical(spec: Component) -> dict[str, Any]:
+    """Everything that makes the architecture, with each default spelled out, as plain data.
+
+    Names, sources and published figures are left out: they are about the architecture.
+    """
+    filled = plain(spec.fill(spec.root()))  # type: ignore[attr-defined]
+    return {key: value for key, value in filled.items() if key not in METADATA}
+
+
+def spec_hash(spec: Component) -> str:
+    """The identity of an architecture: 16 hexadecimal digits of SHA-256 over its canonical form."""
+    text = json.dumps(canonical(spec), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plain(component: Component) -> dict[str, Any]:
+    """A component as plain data with all fields, its type first."""
+    fields = {name: _plain(getattr(component, name)) for name in type(component).model_fields}
+    return {"type": component.type, **fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Component):
+        return plain(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def brief(component: Component, default_type: str | None = None) -> Any:
+    """A component as one would write it: without fields that have their default, a bare type where nothing is left."""
+    known = slots(type(component))
+    fields: dict[str, Any] = {}
+    for name, field in type(component).model_fields.items():
+        value = getattr(component, name)
+        if not field.is_required() and value == field.get_default(call_default_factory=True):
+            continue
+        slot = known.get(name)
+        if isinstance(value, Component):
+            fields[name] = brief(value, slot.default if slot else None)
+        elif slot is not None and slot.many:
+            fields[name] = folded([brief(item, slot.default) for item in value])
+        else:
+            fields[name] = _plain(value)
+    if component.type == default_type:
+        return fields
+    return {"type": component.type, **fields} if fields else component.type
+
+
+def folded(items: list[Any]) -> Any:
+    """A list with its repetitions as patterns; a list that is one repetition becomes that pattern.
+
+    Of all periods at a place the one that covers most items is taken, the shortest of equals.
+    """
+    result: list[Any] = []
+    index = 0
+    while index < len(items):
+        period, times = max(_periods(items, index), key=lambda found: (found[0] * (found[1] - 1), -found[0]))
+        if times == 1:
+            result.append(items[index])
+            index += 1
+            continue
+        unit = items[index : index + period]
+        result.append({"repeat": times, "of": unit[0] if period == 1 else folded(unit)})
+        index += period * times
+    return result[0] if len(result) == 1 and isinstance(result[0], dict) and "repeat" in result[0] else result
+
+
+def _periods(items: list[Any], start: int) -> Iterator[tuple[int, int]]:
+    """Period and number of repetitions of every cycle that begins at `start`."""
+    rest = len(items) - start
+    yield 1, 1
+    for period in range(1, rest // 2 + 1):
+        times = 1
+        while items[start : start + period] == items[start + period * times : start + period * (times + 1)]:
+            times += 1
+        if times > 1:
+            yield period, times
+
+
+def dump(spec: Component) -> str:
+    """The spec as YAML that loads to an equal spec."""
+    import yaml
+
+    return yaml.dump(brief(spec, ROOT.default), Dumper=_dumper(), sort_keys=False, default_flow_style=None, width=110)
+
+
+def _dumper() -> type:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes every text that would not come back as the same text."""
+
+        def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        escaped = "$" + value if value.startswith("$") else value
+        quoted = '"' if scalar(escaped) != escaped else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=quoted)
+
+    Dumper.add_representer(str, text)
+    return Dumper
+
+
+__all__ = ["Role", "as_spec", "canonical", "dump", "load", "parse", "read", "spec_hash"]

@@ -1,0 +1,563 @@
+"""Documents with everything that is left open: holes, variables, arithmetic and repeated layers.
+
+A document is compiled once into a template. Choosing a value for every hole, `Template.fill` gives an ordinary tree of
+nodes; with no holes there is nothing to choose. The language:
+
+- `vars: {d: 64}` names values; `$d` stands for one, `$(4 * d)` computes with them. The model's own `width` and
+  `context` are names too.
+- A hole is a mapping `{choice: [...]}`, `{choice: {name: value, ...}}`, `{int: [low, high]}` (with `step`, `log`) or
+  `{float: [low, high]}` (with `log`). With a `name` it is decided once wherever that name stands; so is a hole in
+  `vars`. Any other is decided anew for each layer that it is repeated in.
+- `{repeat: n, of: layer}` or `{repeat: n, of: [...]}` in a list, or in place of one, repeats.
+- `overrides: {"7::8": {...}, "-1": {...}}` beside `layers` is laid on the layers that the slices pick, in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean
+from zoo.expression import Expression, ExpressionError, is_expression, parse
+from zoo.spec.tree import Scalar, Tree, merge
+
+MAX_LAYERS = 4096
+HOLE_KINDS = ("choice", "int", "float")
+NAMED_FIELDS = ("width", "context")
+"""Fields of the model that expressions may use by name."""
+
+Choose = Callable[["Hole", str], Any]
+"""Decides a hole at a path: an option's label, or a number of its range."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """A value that is fixed."""
+
+    value: Tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Formula:
+    """A value that follows from variables."""
+
+    expression: Expression
+    mark: Mark | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Option:
+    """One value of a choice. `label` is what a point of the space holds for it: the value itself if it is a scalar."""
+
+    label: Scalar
+    part: Part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hole:
+    """A value to be decided: one of `options`, or a number from `low` to `high`."""
+
+    kind: str
+    options: tuple[Option, ...] = ()
+    low: float = 0
+    high: float = 0
+    step: int = 1
+    log: bool = False
+    name: str | None = None
+    mark: Mark | None = None
+
+    def labels(self) -> tuple[Any, ...]:
+        """Every value that it can take; empty for a range of real numbers."""
+        if self.kind == "choice":
+            return tuple(option.label for option in self.options)
+        if self.kind == "int":
+            return tuple(range(int(self.low), int(self.high) + 1, self.step))
+        return ()
+
+    def option(self, label: Any) -> Option | None:
+        """The option that a label names; types count, so that 1 and true stay apart."""
+        for option in self.options:
+            if option.label == label and type(option.label) is type(label):
+                return option
+        return next((option for option in self.options if option.label == label), None)
+
+    def admits(self, value: Any) -> bool:
+        """Whether a point may hold `value` for it."""
+        if self.kind == "choice":
+            return self.option(value) is not None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        on_grid = self.kind == "float" or (value == int(value) and (int(value) - int(self.low)) % self.step == 0)
+        return self.low <= value <= self.high and on_grid
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fields:
+    """A mapping with open values inside."""
+
+    entries: dict[str, Part]
+    source: Tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guard:
+    """An item of a pattern is there if the `count` at `path` is above `index`."""
+
+    count: Part
+    path: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """An item of a list: its part, where it stands (`[3]`), and what must hold for it to be there."""
+
+    part: Part
+    suffix: str
+    guards: tuple[Guard, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Items:
+    """A list with open values inside."""
+
+    items: tuple[Item, ...]
+    mark: Mark | None
+
+
+Part = Leaf | Formula | Hole | Fields | Items
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Template:
+    """A compiled document: its root, and its variables."""
+
+    root: Fields
+    variables: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Tree:
+        return self.root.source
+
+    def fill(self, choose: Choose) -> Tree:
+        """The document with every hole decided by `choose`; a `SpecError` tells of expressions without a value."""
+        return Filling(self, choose).document()
+
+    def closed(self) -> Tree:
+        """The document of a template without holes; each hole is a problem, all are reported."""
+        problems: list[Problem] = []
+
+        def refuse(hole: Hole, path: str) -> Any:
+            message = "a hole, but a finished spec is needed here; `zoo search` fills holes, or write a value"
+            problems.append(Problem(path, message, hole.mark))
+            return hole.options[0].label if hole.options else int(hole.low) if hole.kind == "int" else hole.low
+
+        filled = self.fill(refuse)
+        if problems:
+            raise SpecError(problems)
+        return filled
+
+
+class Filling:
+    """One pass over a template that turns parts into trees, deciding holes as they are met."""
+
+    def __init__(self, template: Template, choose: Choose) -> None:
+        self.template = template
+        self.choose = choose
+        self.values: dict[str, Tree] = {}
+        self.open: list[str] = []
+        self.problems: list[Problem] = []
+
+    def document(self) -> Tree:
+        """The whole document."""
+        result = self.part(self.template.root, "")
+        if self.problems:
+            raise SpecError(self.problems)
+        return result
+
+    def part(self, part: Part, path: str) -> Tree:
+        if isinstance(part, Leaf):
+            return part.value
+        if isinstance(part, Formula):
+            return self.formula(part, path)
+        if isinstance(part, Hole):
+            return self.hole(part, path)
+        if isinstance(part, Fields):
+            entries = {key: self.part(item, f"{path}.{key}" if path else key) for key, item in part.entries.items()}
+            return part.source.with_entries(entries)
+        return Tree([self.part(item.part, path + item.suffix) for item in self.present(part)], part.mark)
+
+    def present(self, sequence: Items) -> Iterator[Item]:
+        """The items whose guards hold."""
+        for item in sequence.items:
+            if all(self.count(guard) > guard.index for guard in item.guards):
+                yield item
+
+    def count(self, guard: Guard) -> int:
+        value = self.part(guard.count, guard.path).value
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+    def hole(self, hole: Hole, path: str) -> Tree:
+        if hole.name is not None and hole.name in self.values:
+            return self.values[hole.name]
+        path = hole.name or path
+        chosen = self.choose(hole, path)
+        if hole.kind == "choice":
+            option = hole.option(chosen)
+            assert option is not None, (path, chosen)
+            tail = "" if not isinstance(option.label, str) else f".{option.label}"
+            result = self.part(option.part, path + tail)
+        else:
+            result = Tree(chosen, hole.mark)
+        if hole.name is not None:
+            self.values[hole.name] = result
+        return result
+
+    def formula(self, formula: Formula, path: str) -> Tree:
+        try:
+            names = {name: self.variable(name, formula) for name in formula.expression.names}
+            if formula.expression.text[1:] in names:
+                return names[formula.expression.text[1:]]
+            value = formula.expression.evaluate({name: item.plain() for name, item in names.items()})
+        except ExpressionError as error:
+            self.problems.append(Problem(path, error.message, _shift(formula.mark, error.column)))
+            return Tree(None, formula.mark)
+        return Tree(value, formula.mark)
+
+    def variable(self, name: str, formula: Formula) -> Tree:
+        """The value of a name, computed when first asked for."""
+        if name in self.values:
+            return self.values[name]
+        variables = self.template.variables
+        part = variables.get(name) or (self.template.root.entries.get(name) if name in NAMED_FIELDS else None)
+        column = formula.expression.columns[name]
+        if part is None:
+            known = [*variables, *(field for field in NAMED_FIELDS if field in self.template.root.entries)]
+            raise ExpressionError(f"unknown name {name!r}{did_you_mean(name, known)}", formula.expression.text, column)
+        if name in self.open:
+            circle = " -> ".join([*self.open[self.open.index(name) :], name])
+            raise ExpressionError(f"{name!r} is defined by itself: {circle}", formula.expression.text, column)
+        self.open.append(name)
+        try:
+            self.values[name] = self.part(part, name)
+        finally:
+            self.open.pop()
+        return self.values[name]
+
+
+def compile_document(source: Tree) -> Template:
+    """The template of a document whose `extends` is resolved; a `SpecError` carries all problems of its patterns."""
+    compiler = _Compiler(source)
+    entries = {key: item for key, item in source.entries.items() if key != "vars"}
+    root = Fields({key: compiler.part(item, key) for key, item in entries.items()}, source.with_entries(entries))
+    if compiler.problems:
+        raise SpecError(compiler.problems)
+    return Template(root, compiler.variables)
+
+
+class _Compiler:
+    """Turns trees into parts; equal places give the same part, so that repeated layers share theirs."""
+
+    def __init__(self, source: Tree) -> None:
+        self.problems: list[Problem] = []
+        self.parts: dict[int, tuple[Tree, Part]] = {}
+        self.variables: dict[str, Part] = {}
+        declared = source.entries.get("vars")
+        if declared is not None and not isinstance(declared.value, dict):
+            self.complain("vars", "expected a mapping from names to values", declared.mark)
+        self.declared = declared.entries if declared is not None else {}
+        for name, item in self.declared.items():
+            if not name.isidentifier():
+                self.complain(f"vars.{name}", f"{name!r} is no name: letters, digits and _ only", item.mark)
+            part = self.part(item, f"vars.{name}")
+            self.variables[name] = replace(part, name=name) if isinstance(part, Hole) else part
+
+    def complain(self, path: str, message: str, mark: Mark | None) -> None:
+        self.problems.append(Problem(path, message, mark))
+
+    def part(self, node: Tree, path: str) -> Part:
+        known = self.parts.get(id(node))
+        if known is None:
+            known = self.parts[id(node)] = (node, self._part(node, path))
+        return known[1]
+
+    def _part(self, node: Tree, path: str) -> Part:
+        if isinstance(node.value, str) and node.value.startswith("$"):
+            return self._formula(node, path)
+        if isinstance(node.value, list):
+            return self._sequence(node, path)
+        if not isinstance(node.value, dict):
+            return Leaf(node)
+        if any(kind in node.value for kind in HOLE_KINDS):
+            return self._hole(node, path)
+        if "repeat" in node.value or "of" in node.value:
+            return self._sequence(Tree([node], node.mark), path, alone=True)
+        entries = {key: item for key, item in node.value.items() if key != "overrides" or "layers" not in node.value}
+        parts = {
+            key: self._layers(node, f"{path}.{key}") if key == "layers" else self.part(item, f"{path}.{key}")
+            for key, item in entries.items()
+        }
+        closed = {key: part.value for key, part in parts.items() if isinstance(part, Leaf)}
+        if len(closed) == len(parts):
+            return Leaf(node.with_entries(closed))
+        return Fields(parts, node.with_entries(entries))
+
+    def _formula(self, node: Tree, path: str) -> Part:
+        text = str(node.value)
+        if not is_expression(text):
+            return Leaf(Tree(text[1:], node.mark))
+        try:
+            return Formula(parse(text), node.mark)
+        except ExpressionError as error:
+            self.complain(path, error.message, _shift(node.mark, error.column))
+            return Leaf(Tree(None, node.mark))
+
+    def _sequence(self, node: Tree, path: str, *, alone: bool = False) -> Part:
+        return self._items(list(self._expand(node, path, alone)), path, node.mark)
+
+    def _items(self, found: list[tuple[Tree, str, tuple[Guard, ...]]], path: str, mark: Mark | None) -> Part:
+        """A list of compiled items, closed if nothing in it is open."""
+        items = [Item(self.part(item, path + suffix), suffix, guards) for item, suffix, guards in found]
+        closed = [item.part.value for item in items if isinstance(item.part, Leaf) and not item.guards]
+        return Leaf(Tree(closed, mark)) if len(closed) == len(items) else Items(tuple(items), mark)
+
+    def _layers(self, holder: Tree, path: str) -> Part:
+        """The layers of a stack, with the overrides that stand beside them laid on."""
+        node, overrides = holder.entries["layers"], holder.entries.get("overrides")
+        if overrides is None:
+            return self.part(node, path)
+        alone = not isinstance(node.value, list)
+        items = list(self._expand(Tree([node], node.mark) if alone else node, path, alone))
+        fixed = not any(guards for _, _, guards in items)
+        for key, change in overrides.entries.items():
+            place = overrides.key_place(key)
+            where = path.removesuffix("layers") + f"overrides.{key}"
+            try:
+                picked = range(len(items))[_slice(key)]
+            except ZooError as error:
+                self.complain(where, str(error), place)
+                continue
+            if not fixed and _counts_from_end(key):
+                self.complain(where, "counts from the end, but the number of layers is still open", place)
+            elif len(picked) == 0 and fixed:
+                self.complain(where, f"picks none of the {len(items)} layers", place)
+            for index in picked:
+                item, suffix, guards = items[index]
+                items[index] = (merge(item, self._named_tree(change)), suffix, guards)
+        if not isinstance(overrides.value, dict):
+            self.complain(path, "`overrides` must be a mapping from indices or slices to changes", overrides.mark)
+        return self._items(items, path, node.mark)
+
+    def _expand(self, node: Tree, path: str, alone: bool) -> Iterator[tuple[Tree, str, tuple[Guard, ...]]]:
+        """The items of a list with its patterns written out as often as they can be repeated."""
+        total = 0
+        for index, item in enumerate(node.items):
+            suffix = "" if alone else f"[{index}]"
+            for found in self._repeated(item, path, suffix, ()):
+                total += 1
+                if total > MAX_LAYERS:
+                    self.complain(path, f"more than {MAX_LAYERS} items", item.mark)
+                    return
+                yield found
+
+    def _repeated(
+        self, item: Tree, path: str, suffix: str, guards: tuple[Guard, ...]
+    ) -> Iterator[tuple[Tree, str, tuple[Guard, ...]]]:
+        item = self._named_tree(item)
+        entries = item.entries
+        if "repeat" not in entries and "of" not in entries:
+            yield item, suffix, guards
+            return
+        for key in ("repeat", "of"):
+            if key not in entries:
+                self.complain(path + suffix, f"a pattern needs `repeat` and `of`; {key!r} is missing", item.mark)
+                return
+        for key in entries:
+            if key not in ("repeat", "of"):
+                message = f"unknown key {key!r} of a pattern{did_you_mean(key, ('repeat', 'of'))}"
+                self.complain(f"{path}{suffix}.{key}", message, item.key_place(key))
+        count = self.part(entries["repeat"], f"{path}{suffix}.repeat")
+        fixed, most = self._most(count, f"{path}{suffix}.repeat", entries["repeat"].mark)
+        body = entries["of"]
+        for turn in range(most):
+            place = f"{suffix}[{turn}]"
+            inside = guards if fixed else (*guards, Guard(count, f"{path}{suffix}.repeat", turn))
+            if isinstance(body.value, list):
+                for number, part in enumerate(body.value):
+                    yield from self._repeated(part, path, f"{place}[{number}]", inside)
+            else:
+                yield from self._repeated(body, path, place, inside)
+
+    def _named_tree(self, item: Tree) -> Tree:
+        """The mapping that `$name` stands for, so that overrides can be laid on it; anything else as it is."""
+        if isinstance(item.value, str) and item.value.startswith("$"):
+            named = self.declared.get(item.value[1:])
+            if named is not None and isinstance(named.value, dict) and not set(HOLE_KINDS) & set(named.value):
+                return named
+        return item
+
+    def _most(self, count: Part, path: str, mark: Mark | None) -> tuple[bool, int]:
+        """Whether a count is fixed, and the largest that it can be."""
+        try:
+            values = list(possible(count, self.variables))
+        except ZooError as error:
+            self.complain(path, str(error), mark)
+            return True, 0
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                self.complain(path, f"expected a whole number of repetitions; got {value!r}", mark)
+                return True, 0
+        if values and max(values) > MAX_LAYERS:
+            self.complain(path, f"at most {MAX_LAYERS} repetitions; got {max(values)}", mark)
+            return True, 0
+        return len(set(values)) <= 1, max(values, default=0)
+
+    def _hole(self, node: Tree, path: str) -> Part:
+        kinds = [kind for kind in HOLE_KINDS if kind in node.entries]
+        kind = kinds[0]
+        allowed = {kind, "name"} | ({"step", "log"} if kind == "int" else {"log"} if kind == "float" else set())
+        for key in node.entries:
+            if key not in allowed:
+                message = f"unknown key {key!r} of a {kind} hole{did_you_mean(key, allowed)}"
+                self.complain(f"{path}.{key}", message, node.key_place(key))
+        name = node.entries["name"].value if "name" in node.entries else None
+        if name is not None and not (isinstance(name, str) and name.isidentifier()):
+            self.complain(f"{path}.name", f"expected a name; got {name!r}", node.entries["name"].mark)
+            name = None
+        body = node.entries[kind]
+        hole = self._choice(body, path) if kind == "choice" else self._range(kind, node, path)
+        return Leaf(Tree(None, node.mark)) if hole is None else replace(hole, name=name, mark=node.mark)
+
+    def _choice(self, body: Tree, path: str) -> Hole | None:
+        given: list[tuple[Scalar | None, Tree]]
+        if isinstance(body.value, dict):
+            given = list(body.value.items())
+        elif isinstance(body.value, list):
+            given = [(None, item) for item in body.value]
+        else:
+            self.complain(path, "expected a list of values, or a mapping from names to values", body.mark)
+            return None
+        if not given:
+            self.complain(path, "a choice needs at least one value", body.mark)
+            return None
+        labels = [name if name is not None else _label(item) for name, item in given]
+        labels = [
+            label if _count(labels, label) == 1 else _long_label(item)
+            for (_, item), label in zip(given, labels, strict=True)
+        ]
+        options: list[Option] = []
+        for label, (_, item) in zip(labels, given, strict=True):
+            if _count([option.label for option in options], label):
+                self.complain(path, f"the choice {label!r} stands twice", item.mark)
+                continue
+            options.append(Option(label, self.part(item, f"{path}.{label}")))
+        return Hole("choice", tuple(options))
+
+    def _range(self, kind: str, node: Tree, path: str) -> Hole | None:
+        body = node.entries[kind]
+        ends = [item.value for item in body.items]
+        step = node.entries["step"].value if "step" in node.entries else 1
+        log = node.entries["log"].value if "log" in node.entries else False
+        whole = kind == "int"
+        number = int if whole else (int, float)
+        if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, number) for end in ends):
+            self.complain(path, f"expected `{kind}: [low, high]` with two {'whole ' * whole}numbers", body.mark)
+            return None
+        low, high = ends
+        assert isinstance(low, int | float) and isinstance(high, int | float)
+        if low > high:
+            self.complain(path, f"the range [{low}, {high}] is empty", body.mark)
+            return None
+        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+            self.complain(f"{path}.step", f"expected a whole number of at least 1; got {step!r}", node.mark)
+            return None
+        if not isinstance(log, bool) or (log and (low <= 0 or step != 1)):
+            self.complain(f"{path}.log", "a logarithmic range starts above zero and has no step", node.mark)
+            return None
+        return Hole(kind, low=low, high=high - (high - low) % step if whole else high, step=step, log=log)
+
+
+def possible(part: Part, variables: Mapping[str, Part]) -> Iterator[Any]:
+    """Every value that a number of repetitions can take."""
+    if isinstance(part, Leaf):
+        yield part.value.value
+    elif isinstance(part, Hole):
+        if part.kind == "float":
+            raise ZooError("a number of repetitions is whole; use `int` or `choice`")
+        yield from (part.labels() if part.kind == "int" else _option_values(part, variables))
+    elif isinstance(part, Formula):
+        yield from _formula_values(part, variables)
+    else:
+        raise ZooError("expected a whole number of repetitions")
+
+
+def _option_values(hole: Hole, variables: Mapping[str, Part]) -> Iterator[Any]:
+    for option in hole.options:
+        yield from possible(option.part, variables)
+
+
+def _formula_values(formula: Formula, variables: Mapping[str, Part]) -> Iterator[Any]:
+    """The values of an expression under all values of its names."""
+    names = sorted(formula.expression.names)
+    assignments: list[dict[str, Any]] = [{}]
+    for name in names:
+        if name not in variables:
+            raise ZooError(f"unknown name {name!r}{did_you_mean(name, variables)}")
+        values = list(possible(variables[name], variables))
+        assignments = [{**known, name: value} for known in assignments for value in values]
+        if len(assignments) > MAX_LAYERS:
+            raise ZooError("the number of repetitions depends on too many choices")
+    for assignment in assignments:
+        yield formula.expression.evaluate(assignment)
+
+
+def _slice(text: str) -> slice:
+    """Python's indices and slices: `3`, `-1`, `::8`, `2:10:2`."""
+    if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:(-?\d+)?)?", text):
+        raise ZooError(f"expected an index or a slice such as '3', '-1', '2:8' or '::8'; got {text!r}")
+    numbers = [int(part) if part else None for part in text.split(":")]
+    if len(numbers) > 1:
+        if numbers[2:] == [0]:
+            raise ZooError("a slice's step must not be zero")
+        return slice(*numbers)
+    index = numbers[0]
+    assert index is not None
+    return slice(index, index + 1 if index != -1 else None)
+
+
+def _counts_from_end(text: str) -> bool:
+    return "-" in text
+
+
+def _label(item: Tree) -> Scalar:
+    """What names an option: a scalar itself, else the type of a node, or of its mixer."""
+    if not isinstance(item.value, dict | list):
+        return item.value
+    for key in ("type", "mixer", "channel"):
+        inner = item.entries.get(key)
+        if inner is not None:
+            label = _label(inner)
+            return label if isinstance(label, str) else key
+    return "option"
+
+
+def _long_label(item: Tree) -> Scalar:
+    """A label that tells apart nodes of one type: the type with its scalar fields."""
+    if isinstance(item.value, list) or not isinstance(item.value, dict):
+        return _label(item)
+    fields = [f"{key}={_brief(value)}" for key, value in item.entries.items() if key != "type"]
+    return f"{_label(item)}({','.join(fields)})" if fields else _label(item)
+
+
+def _brief(item: Tree) -> str:
+    return str(_label(item)) if not isinstance(item.value, dict) else str(_long_label(item))
+
+
+def _count(labels: list[Any], label: Any) -> int:
+    return sum(1 for other in labels if other == label and type(other) is type(label))
+
+
+def _shift(mark: Mark | None, columns: int) -> Mark | None:
+    return None if mark is None else Mark(mark.file, mark.line, mark.column + columns, mark.text)
