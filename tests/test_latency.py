@@ -334,3 +334,4 @@ def test_decoding_and_quantiles(source: SimpleNamespace) -> None:
     assert median.low < median.seconds < median.high
     assert late.low < late.seconds <= late.high
     assert latency.latency("spec", replace(context, seq=5), "decode") == median
+    assert latency.latency("spec", replace(context, past=200), "decode").seconds == pytest.approx(0.22)

@@ -148,23 +148,14 @@ def _bounded(value: Fraction, column: int) -> Fraction:
     return value if value.denominator < _FINEST else Fraction(float(value))
 
 
-def _log2(value: Fraction) -> float:
-    return math.log2(value.numerator) - math.log2(value.denominator)
-
-
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    """`base ** exponent`, exact for whole exponents as long as the result has at most a few thousand bits."""
+    """`base ** exponent`, exact for whole exponents while the result has at most 4,096 bits, else in floats."""
     if base == 0 and exponent < 0:
         raise ZeroDivisionError
     if base < 0 and exponent.denominator != 1:
         raise ValueError("a negative number has no fractional power")
     if base in (0, 1, -1):
         return Fraction(base**exponent)
-    bits = float(exponent) * _log2(abs(base))
-    if bits > 1024:
-        raise OverflowError
-    if bits < -1100:
-        return Fraction(0)
     size = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent)
     if exponent.denominator == 1 and size <= 4096:
         return base**exponent.numerator
@@ -193,7 +184,7 @@ def _square_root(value: Fraction) -> Fraction:
 def _binary_logarithm(value: Fraction) -> Fraction:
     if value <= 0:
         raise ValueError("only a positive number has a logarithm")
-    return _exact(_log2(value))
+    return _exact(math.log2(value.numerator) - math.log2(value.denominator))
 
 
 class _Function(NamedTuple):

@@ -34,7 +34,8 @@ def theirs(component: Mamba, width: int = WIDTH) -> Any:
     from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
-    config, mixer = (FalconMambaConfig, FalconMambaMixer) if component.normalize_inputs else (MambaConfig, MambaMixer)
+    config: Any = FalconMambaConfig if component.normalize_inputs else MambaConfig
+    mixer: Any = FalconMambaMixer if component.normalize_inputs else MambaMixer
     settings = config(
         hidden_size=width,
         expand=(component.hidden or 2 * width) // width,

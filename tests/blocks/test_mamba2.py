@@ -51,7 +51,13 @@ def theirs(component: Mamba2, width: int = WIDTH) -> Any:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"groups": 1}, {"groups": 4, "bias": True}, {"conv_bias": False, "conv_kernel": 2}, {"hidden": 48, "chunk": 5}],
+    [
+        {},
+        {"groups": 1},
+        {"groups": 4, "bias": True},
+        {"conv_bias": False, "conv_kernel": 2},
+        {"hidden": 48, "chunk": 5},
+    ],
 )
 @pytest.mark.parametrize("tokens", [1, 4, 11])
 def test_agrees_with_transformers(changes: dict[str, Any], tokens: int) -> None:

@@ -23,7 +23,8 @@ def outputs_and_gradients(function: Function, inputs: Sequence[Tensor]) -> tuple
     inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
     outputs = tensors_of(function(*inputs))
     mixture = sum(
-        (out * torch.arange(out.numel(), device=out.device).view(out.shape).to(out.dtype).cos()).sum() for out in outputs
+        (out * torch.arange(out.numel(), device=out.device).view(out.shape).to(out.dtype).cos()).sum()
+        for out in outputs
     )
     wanted = [x for x in inputs if x.requires_grad]
     assert isinstance(mixture, Tensor)

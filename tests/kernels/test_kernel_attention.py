@@ -53,7 +53,9 @@ def test_agrees_with_reference(data: st.DataObject) -> None:
         flags["key_length"] = torch.tensor([keys // 2, 0][: q.shape[0]])
     if draw(st.booleans()):
         slopes = torch.rand(q.shape[2], dtype=torch.float64)
-        assert_agrees("attention", lambda q, k, v, a: kernels.attention(q, k, v, alibi_slopes=a, **flags), q, k, v, slopes)
+        assert_agrees(
+            "attention", lambda q, k, v, a: kernels.attention(q, k, v, alibi_slopes=a, **flags), q, k, v, slopes
+        )
     else:
         assert_agrees("attention", lambda q, k, v: kernels.attention(q, k, v, **flags), q, k, v)
 
@@ -76,7 +78,13 @@ def test_blocks_of_a_window(keys: int, extra: str) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"window": 5}, {"segments": packed(2, 13)}, {"alibi_slopes": torch.tensor([0.5, 0.1, 0.2, 0.3])}, {"softcap": 2.0}],
+    [
+        {},
+        {"window": 5},
+        {"segments": packed(2, 13)},
+        {"alibi_slopes": torch.tensor([0.5, 0.1, 0.2, 0.3])},
+        {"softcap": 2.0},
+    ],
     ids=["plain", "window", "segments", "alibi", "softcap"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -166,6 +166,12 @@ def test_shares_of_named_specs() -> None:
         budget.terms[0].violation(1)
 
 
+def test_an_interval_of_shares_is_written_as_two_terms() -> None:
+    budget = Budget.parse("params>=50% of gpt2 params<=50% of gpt2")
+    assert str(budget) == "params>=50% of gpt2 params<=50% of gpt2"
+    assert Budget.parse(str(budget)) == budget
+
+
 def test_shares_that_cannot_be_met() -> None:
     with pytest.raises(BudgetError, match="no value meets"):
         Budget.parse("params<=10% of gpt2 params>=20M").resolve(lambda *_: 100e6)

@@ -51,7 +51,7 @@ def test_damaged_and_foreign_files_are_explained(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ZooError, match="damaged or incomplete|refused"):
+        with pytest.raises(ZooError, match=r"damaged or incomplete|refused"):
             load_checkpoint(path)
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ZooError, match="not a training checkpoint of format 1"):
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, kind: str) -
 
 
 def test_no_space_is_called_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(ZooError, match="the disk is full$"), replacing(tmp_path / "file"):
+    with pytest.raises(ZooError, match=r"the disk is full$"), replacing(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

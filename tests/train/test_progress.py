@@ -33,9 +33,7 @@ def test_plain_lines_now_and_then() -> None:
             show(_progress(step))
         show(_progress(100, evaluated=True))
     lines = stream.getvalue().splitlines()
-    assert lines == [
-        "step 100/100  loss 2.5000  bits_per_byte 3.2500  lr 1.00e-03  12,346 tokens/s  1:02:05 left"
-    ]
+    assert lines == ["step 100/100  loss 2.5000  bits_per_byte 3.2500  lr 1.00e-03  12,346 tokens/s  1:02:05 left"]
 
 
 def test_a_terminal_shows_it_in_place() -> None:

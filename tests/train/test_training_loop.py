@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def assert_equal(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
-def stop_after(step: int, **keywords: Any):
+def stop_after(step: int) -> Callable[[], bool]:
     """A `should_stop` that ends a run once `step` steps are done."""
     calls = iter(range(10**9))
     return lambda: next(calls) >= step
@@ -94,13 +95,27 @@ def test_a_run_in_parts_equals_the_run_in_one(tmp_path: Path, changes: dict, cut
         second.train_loss,
     )
     timed = ("seconds", "tokens_per_second")
-    history = [[{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / f)] for f in ("whole", "parts")]
+    history = [
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / f)] for f in ("whole", "parts")
+    ]
     assert history[0] == history[1]
     optimizers = [load_checkpoint(tmp_path / f / "last.ckpt")["optimizer"] for f in ("whole", "parts")]
     assert optimizers[0]["param_groups"] == optimizers[1]["param_groups"]
     for index, one in optimizers[0]["state"].items():
         for name, value in one.items():
             assert torch.equal(value, optimizers[1]["state"][index][name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32", "bf16", "16"])
+def test_a_run_on_a_gpu_is_continued(tmp_path: Path, precision: str) -> None:
+    chosen = settings(device="cuda", precision=precision, weights="last", accumulate=2)
+    straight, parted = small(dropout=0.3), small(dropout=0.3)
+    fit(straight, chosen, tmp_path / "whole")
+    fit(parted, chosen, tmp_path / "parts", should_stop=stop_after(13))
+    fit(parted, chosen, tmp_path / "parts", resume="always")
+    assert_equal(straight, parted)
 
 
 def test_evaluating_changes_nothing(tmp_path: Path) -> None:
@@ -328,15 +343,15 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
 
 
 def test_a_report_may_end_the_run(tmp_path: Path) -> None:
-    class Pruned(Exception):
+    class PrunedError(Exception):
         pass
 
     def report(step: int, value: float) -> None:
         assert 0 <= value <= 1
         if step == 10:
-            raise Pruned
+            raise PrunedError
 
-    with pytest.raises(Pruned):
+    with pytest.raises(PrunedError):
         fit(small(), settings(), tmp_path, report=report)
     assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 10
     assert fit(small(), settings(), tmp_path).steps == 20
@@ -450,10 +465,10 @@ def test_a_run_is_silent_and_leaves_no_trace_in_the_process(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    threads, model = torch.get_num_threads(), small()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    threads, model = torch.get_num_threads(), small()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(model, settings(threads=1), tmp_path / "run")

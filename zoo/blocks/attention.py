@@ -46,6 +46,65 @@ def divisors_near(number: int, wanted: int) -> str:
     return " or ".join(str(part) for part in (below, above) if part is not None)
 
 
+class HeadMixer(Component):
+    """What mixers with queries, keys and values share: heads, who sees whom, and positions."""
+
+    heads: Size | None = None
+    """Query heads; by default one for about every 64 channels of the stream, or what is left open by their size."""
+    causal: bool | None = None
+    """Whether tokens see only themselves and earlier ones; by default as in the model around it."""
+    position: Position | None = None
+    linear: Linear | None = None
+
+    def check(self, scope: Scope) -> Iterator[Complaint]:
+        if scope.causal and not self.causal:
+            yield Complaint("causal", f"{self.type} to later tokens in a causal model; remove `causal: false`")
+        if self.absolute and self.position != scope.position:
+            yield Complaint(
+                "position",
+                f"{self.place.type!r} positions are added at the stem; set them for the whole model, or use `rotary`, "
+                "`alibi` or `none` here",
+            )
+
+    def check_division(self, scope: Scope, *fields: str) -> Iterator[Complaint]:
+        """A complaint if the sizes of a head, `fields`, were left out and the heads do not divide the width."""
+        missing = [f"`{name}`" for name in fields if getattr(self, name) is None]
+        if missing:
+            heads = self.heads or 1
+            yield Complaint(
+                "heads",
+                f"heads {heads} does not divide width {scope.width}; heads {divisors_near(scope.width, heads)} would, "
+                f"or set {' and '.join(missing)}",
+            )
+
+    def check_rotation(self, field: str) -> Iterator[Complaint]:
+        """A complaint if heads of `field` channels do not divide into the pairs that a rotary position turns."""
+        channels = getattr(self, field)
+        if isinstance(self.position, Rotary) and channels is not None and channels % 2:
+            near = f"{channels - 1} or {channels + 1}" if channels > 1 else "2"
+            yield Complaint(
+                field,
+                f"rotary positions turn pairs of channels, and {field} {channels} is odd; {field} {near} would do, or "
+                "another `position`",
+            )
+
+    @property
+    def place(self) -> PositionBase:
+        """What knows about positions."""
+        assert isinstance(self.position, PositionBase), "filled in"
+        return self.position
+
+    @property
+    def absolute(self) -> bool:
+        """Whether the stem has added the positions already."""
+        return self.place.absolute
+
+    def position_child(self, scope: Scope, channels: int) -> dict[str, Child]:
+        """The position, if it acts here, for queries and keys that have `channels` together."""
+        # It counts its work for as many channels of each as the scope is wide.
+        return {} if self.absolute else {"position": Child(self.place, scope.at(width=max(1, channels // 2)))}
+
+
 @register(
     "attention",
     role=Role.MIXER,
@@ -59,7 +118,7 @@ def divisors_near(number: int, wanted: int) -> str:
         "Qiu et al. 2025, Gated Attention for Large Language Models (gate)",
     ],
 )
-class Attention(Component):
+class Attention(HeadMixer):
     r"""Each token reads from the tokens it sees, weighted by a softmax of scores between its query and their keys.
 
     For head $h$ with $q = W_q x$, $k = W_k x$, $v = W_v x$, over the visible tokens $j$:
@@ -75,18 +134,13 @@ class Attention(Component):
     numbers of state for each token's key and for its value, of the last `window - 1` tokens where there is a window.
     """
 
-    heads: Size | None = None
-    """Query heads; by default `width / head_dim`, or about one for every 64 channels of the stream."""
     kv_heads: Size | None = None
     """Key and value heads, each shared by `heads / kv_heads` query heads; by default as many as query heads."""
     head_dim: Size | None = None
     """Channels of a head, which need not multiply up to the width; by default `width / heads`."""
-    causal: bool | None = None
-    """Whether tokens see only themselves and earlier ones; by default as the model around it."""
     window: Length | None = None
     """A token sees the `window` tokens that end with itself or, if not causal, those less than `window` away; by
     default all. On a grid tokens are counted in rows."""
-    position: Position | None = None
     qk_norm: Norm | None = None
     """A norm over the channels of each head's queries and keys, with weights shared by the heads."""
     softcap: Positive | None = None
@@ -100,7 +154,6 @@ class Attention(Component):
     """Whether queries, keys, values and gate have learned offsets."""
     out_bias: bool = False
     """Whether the projection back to the stream has a learned offset."""
-    linear: Linear | None = None
 
     def derive(self, scope: Scope) -> Mapping[str, Any]:
         heads = self.heads or usual_heads(scope.width, self.head_dim)
@@ -115,13 +168,10 @@ class Attention(Component):
         }
 
     def check(self, scope: Scope) -> Iterator[Complaint]:
-        heads, kv_heads, head_dim = self.sizes
-        if self.head_dim is None:
-            yield Complaint(
-                "heads",
-                f"heads {heads} does not divide width {scope.width}; heads {divisors_near(scope.width, heads)} would, "
-                "or set `head_dim`",
-            )
+        yield from super().check(scope)
+        yield from self.check_division(scope, "head_dim")
+        yield from self.check_rotation("head_dim")
+        heads, kv_heads, _ = self.sizes
         if heads % kv_heads:
             yield Complaint(
                 "kv_heads",
@@ -134,38 +184,12 @@ class Attention(Component):
                 f"window {self.window} is longer than the context of {scope.tokens} tokens; use at most "
                 f"{scope.tokens}, or leave it out to see all of them",
             )
-        if scope.causal and not self.causal:
-            yield Complaint("causal", "attention to later tokens in a causal model; remove `causal: false`")
-        if isinstance(self.position, Rotary) and self.head_dim is not None and head_dim % 2:
-            near = f"{head_dim - 1} or {head_dim + 1}" if head_dim > 1 else "2"
-            yield Complaint(
-                "head_dim",
-                f"rotary positions turn pairs of channels, and head_dim {head_dim} is odd; head_dim {near} would do, "
-                "or another `position`",
-            )
-        if self.absolute and self.position != scope.position:
-            yield Complaint(
-                "position",
-                f"{self.place.type!r} positions are added at the stem; set them there or for the whole model, or use "
-                "`rotary`, `alibi` or `none` here",
-            )
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """`heads`, `kv_heads` and `head_dim`, once filled in."""
         heads = self.heads or 1
         return heads, self.kv_heads or heads, self.head_dim or 1
-
-    @property
-    def place(self) -> PositionBase:
-        """What knows about positions."""
-        assert isinstance(self.position, PositionBase), "filled in"
-        return self.position
-
-    @property
-    def absolute(self) -> bool:
-        """Whether the stem has added the positions already."""
-        return self.place.absolute
 
     def children(self, scope: Scope) -> Mapping[str, Child]:
         scope = self.inner(scope)
@@ -184,10 +208,7 @@ class Attention(Component):
         if self.qk_norm is not None:
             head = scope.at(width=head_dim)
             found |= {"query_norm": Child(self.qk_norm, head), "key_norm": Child(self.qk_norm, head)}
-        if not self.absolute:
-            # The channels that one of queries and keys has on average: what is rotated is twice that.
-            found["position"] = Child(self.place, scope.at(width=max(1, (heads + kv_heads) * head_dim // 2)))
-        return found
+        return found | self.position_child(scope, (heads + kv_heads) * head_dim)
 
     def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
         if not self.causal:

@@ -139,7 +139,7 @@ class Mamba2(StateSpace):
             pointwise=convolution + call.rows * (2 * convolved + 11 * hidden + (4 + 3 * chunk) * self.heads),
             traffic=call.element_bytes * (call.rows * (3 * convolved + 7 * hidden) + 2 * batch * convolved * 3)
             + 2 * memory,
-            saved=call.element_bytes * call.rows * (2 * convolved + 4 * hidden) + 2 * scores + 2 * memories,
+            saved=call.element_bytes * call.rows * (4 * convolved + 7 * hidden) + 4 * scores + 2 * memories,
             peak=call.element_bytes * call.rows * (convolved + 2 * hidden)
             + wide * call.rows * (convolved + hidden)
             + 2 * scores

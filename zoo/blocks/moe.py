@@ -12,7 +12,7 @@ from pydantic import Field
 
 from zoo import kernels
 from zoo.blocks.mlp import GLU, MLP, FeedForward
-from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Size, Traits
+from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost, elementwise
 from zoo.parameter import Axis, Parameter, normal
@@ -62,8 +62,9 @@ class MixtureOfExperts(FeedForward):
     """Whether experts are gated units (`glu`) rather than `mlp`."""
     scores: Scores = "softmax"
     """How the router's output becomes scores: `softmax` over all experts, or each expert's `sigmoid`."""
-    renormalize: bool = True
-    """Whether the weights of the experts that a token takes add up to `scale`."""
+    renormalize: bool | None = None
+    """Whether the weights of the experts that a token takes add up to `scale`; by default unless `top_k` is 1, where
+    the router could not learn from it."""
     scale: Positive = 1.0
     """Factor on the weights of the chosen experts."""
     capacity: Positive | None = None
@@ -79,6 +80,9 @@ class MixtureOfExperts(FeedForward):
 
     def is_gated(self) -> bool:
         return self.gated
+
+    def derive(self, scope: Scope) -> Mapping[str, Any]:
+        return {**super().derive(scope), "renormalize": self.top_k > 1}
 
     def check(self, scope: Scope) -> Iterator[Complaint]:
         yield from super().check(scope)
@@ -153,7 +157,7 @@ class MixtureOfExperts(FeedForward):
         return (y + module.shared(x, ctx, None)[0] if self.shared else y), None
 
     def _all(self, module: Any, x: Tensor, chosen: Tensor) -> Tensor:
-        """What each token's experts make of it: `x` `[rows, width]`, `chosen` `[rows, top_k]`, to `[rows, top_k, width]`."""
+        """What its `chosen` experts `[rows, top_k]` make of each token `[rows, width]`: `[rows, top_k, width]`."""
         order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
 
         def times(rows: Tensor, weight: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from zoo.train.settings import FREE_TO_CHANGE, TrainSettings
 
 Stopped = Literal["finished", "early", "pruned", "interrupted"]
 SECONDS_BETWEEN_REPORTS = 0.25
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,7 @@ def fit(
     home = next(model.parameters()).device
     if run.state.stopped not in ("finished", "early"):
         run.state.stopped = None
-        with _quiet(), _threads(settings.threads), _random_state(device), _signals(run):
+        with _quiet(), _threads(settings.threads), _random_state(device), _signal_handlers():
             _train(run, start, device)
     model.to(home)
     return run.finish()
@@ -264,9 +265,13 @@ class _Run(Callback):
             trainer.precision_plugin.load_state_dict(self._restored["precision"])
             self._restored = {}
         self._record = Record(self.folder, step=self.step, tensorboard=self.settings.tensorboard)
-        self._losses = self._losses.to(pl_module.device, torch.float64 if pl_module.device.type != "mps" else None)
+        self._losses = self._losses.to(pl_module.device)
         self._began = self._clocked = self._reported = time.monotonic()
         self._first = self.step
+        if threading.current_thread() is threading.main_thread():
+            # Only now, because Lightning has put its own in place until here.
+            for number in _SIGNALS:
+                signal.signal(number, self._interrupt)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         if batch_idx % self.settings.accumulate:
@@ -341,6 +346,12 @@ class _Run(Callback):
             self.state.stopped = "finished"
         if self.step > 0:
             self._save(trainer)
+
+    def _interrupt(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        """The first signal ends the run after the step in hand, the next one at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
 
     def close(self) -> None:
         """Close the files that training opened."""
@@ -520,20 +531,12 @@ def _random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to end after its step, the next interrupts it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:  # noqa: ARG001
-        if run.interrupted:
-            raise KeyboardInterrupt
-        run.interrupted = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signal_handlers() -> Iterator[None]:
+    """Leaves the handlers of SIGINT and SIGTERM as they were."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 
 from zoo.train.data.base import IGNORE, Description, Split
 from zoo.train.data.random import random_bits
@@ -21,8 +20,8 @@ from zoo.train.settings import TrainSettings
 class TrainingModule(LightningModule):
     """Trains `model` as `settings` say. A run that goes on after `start` steps keeps counting from there.
 
-    Every forward pass in training starts from a random state that is a function of the seed and its number alone, so
-    that dropout is the same whether or not the run was cut, and however often it was evaluated.
+    The learning rate of a step is a function of its number, and so is the random state from which every forward pass
+    in training starts: dropout is the same whether or not the run was cut, and however often it was evaluated.
     """
 
     def __init__(self, model: nn.Module, settings: TrainSettings, description: Description, *, start: int = 0) -> None:
@@ -42,9 +41,9 @@ class TrainingModule(LightningModule):
         """Optimizer steps taken so far, those before `start` included."""
         return self.start + self.trainer.global_step
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> Optimizer:
         settings = self.settings
-        optimizer = adamw(
+        return adamw(
             self.model,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
@@ -52,14 +51,15 @@ class TrainingModule(LightningModule):
             # A fused optimizer would undo the loss scale of 16-bit training itself, after clipping.
             fused=settings.precision != "16" and self.device.type in ("cpu", "cuda"),
         )
-        schedule = LambdaLR(optimizer, lambda step: settings.factor(self.start + step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:  # noqa: ARG002
         if self.trainer.should_stop:
             return -1
+        step = self.step
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.settings.learning_rate * self.settings.factor(step)
         part = batch_idx % self.settings.accumulate
-        self._seed(int(random_bits(self.settings.seed, self.step, part)) >> 1)
+        self._seed(int(random_bits(self.settings.seed, step, part)) >> 1)
         return None
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

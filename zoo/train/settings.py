@@ -24,33 +24,41 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str = Field(description="name of the data set, as `load_data` takes it")
-    steps: Count = Field(1000, description="optimizer steps")
-    batch: Count = Field(32, description="samples per step, all accumulated parts together")
-    accumulate: Count = Field(1, description="parts into which the batch of a step is cut to save memory")
-    context: Count | None = Field(None, description="tokens per sample; the data set's own default if left out")
+    steps: Count = Field(default=1000, description="optimizer steps")
+    batch: Count = Field(default=32, description="samples per step, all accumulated parts together")
+    accumulate: Count = Field(default=1, description="parts into which the batch of a step is cut to save memory")
+    context: Count | None = Field(default=None, description="tokens per sample; the data set's own default if left out")
 
-    learning_rate: Positive = Field(1e-3, description="highest learning rate of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="what follows the warm-up")
-    warmup_share: Share = Field(0.05, description="share of the steps in which the learning rate rises linearly")
-    decay_share: Share = Field(0.2, description="share of the steps in which `wsd` decays, at the end")
-    decay_shape: Literal["linear", "sqrt"] = Field("sqrt", description="`wsd` decays by 1-x or by 1-sqrt(x)")
-    minimum_ratio: Share = Field(0.1, description="last learning rate as a share of the highest")
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False, description="decoupled decay (AdamW)")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
-    clip: Positive | None = Field(1.0, description="highest norm of the gradient; none: not clipped")
-    precision: Literal["32", "bf16", "16"] = Field("32", description="bf16 and 16 compute in mixed precision")
+    learning_rate: Positive = Field(default=1e-3, description="highest learning rate of the schedule")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(default="cosine", description="what follows the warm-up")
+    warmup_share: Share = Field(
+        default=0.05, description="share of the steps in which the learning rate rises linearly"
+    )
+    decay_share: Share = Field(default=0.2, description="share of the steps in which `wsd` decays, at the end")
+    decay_shape: Literal["linear", "sqrt"] = Field(default="sqrt", description="`wsd` decays by 1-x or by 1-sqrt(x)")
+    minimum_ratio: Share = Field(default=0.1, description="last learning rate as a share of the highest")
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="decoupled decay (AdamW)")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="decay rates of AdamW's two moments")
+    clip: Positive | None = Field(default=1.0, description="highest norm of the gradient; none: not clipped")
+    precision: Literal["32", "bf16", "16"] = Field(default="32", description="bf16 and 16 compute in mixed precision")
 
-    evaluate_every: Count | None = Field(None, description="steps between evaluations; a tenth of all if left out")
-    evaluate_samples: Count = Field(256, description="at most so many validation samples, spread evenly")
-    patience: Count | None = Field(None, description="stop after so many evaluations without a new best")
-    checkpoint_every: Count | None = Field(None, description="steps between checkpoints; `evaluate_every` if left out")
-    log_every: Count = Field(10, description="steps between rows of metrics.csv")
-    weights: Literal["best", "last"] = Field("best", description="which weights are written at the end")
+    evaluate_every: Count | None = Field(
+        default=None, description="steps between evaluations; a tenth of all if left out"
+    )
+    evaluate_samples: Count = Field(default=256, description="at most so many validation samples, spread evenly")
+    patience: Count | None = Field(default=None, description="stop after so many evaluations without a new best")
+    checkpoint_every: Count | None = Field(
+        default=None, description="steps between checkpoints; `evaluate_every` if left out"
+    )
+    log_every: Count = Field(default=10, description="steps between rows of metrics.csv")
+    weights: Literal["best", "last"] = Field(default="best", description="which weights are written at the end")
 
-    seed: int = Field(0, ge=0, lt=2**63, description="decides the order of samples and every random draw")
-    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; torch's default if left out")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    tensorboard: bool = Field(False, description="also write TensorBoard event files")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="decides the order of samples and every random draw")
+    threads: int | None = Field(default=None, ge=1, le=4096, description="CPU threads; torch's default if left out")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N"
+    )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard event files")
 
     @field_validator("betas")
     @classmethod

@@ -1,0 +1,212 @@
+"""A feed-forward network that reads and writes only some of the stream's channels for each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from zoo import kernels
+from zoo.blocks.mlp import FeedForward
+from zoo.blocks.moe import Coefficient, Scores, imbalance, inverse, normalized, scored
+from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
+from zoo.context import Context, StateTree
+from zoo.cost import Call, Cost, elementwise
+from zoo.parameter import Axis, Parameter, normal
+from zoo.registry import Role, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@register(
+    "mohd",
+    role=Role.CHANNEL,
+    traits=Traits(causal="always", elastic=("hidden",)),
+    sources=["Chen et al. 2024, Mixture of Hidden-Dimensions Transformer"],
+    catalogue=["mohd"],
+)
+class MixtureOfHiddenDimensions(FeedForward):
+    r"""A feed-forward network on `shared` + `top_k` of the `subdims` equal parts that the stream's channels are cut in.
+
+    The first `shared` sub-dimensions serve every token; of the others each token takes the set $T$ of the `top_k` with
+    the highest scores of $W_\mathrm{router} x$, and over its active sub-dimensions $A$
+
+    $$h = \phi\Big(c \sum_{i \in A} g_i W^\mathrm{up}_i x_i\Big), \qquad
+    y_i = W^\mathrm{down}_i h \;\text{for}\; i \in A, \qquad y_i = 0 \;\text{else},$$
+
+    with $g_i = 1$ where shared and the score where routed (if `renormalize`, so divided that they average 1 over $T$),
+    and $c$ the `scale`. If `gated`, $h = \phi(\cdot) \odot (\cdot)$ as in `glu`. With `fusion` the outputs are mixed at
+    last: $y_{ij} \leftarrow \sum_{i'} F_{j i i'} y_{i'j}$ for channel $j$ of each sub-dimension, $F$ starting from the
+    identity, so that what a token learns reaches its inactive channels too.
+
+    Tokens are sorted by sub-dimension and multiplied by its blocks alone: with active share
+    $a = (\mathrm{shared} + \mathrm{top\_k}) / \mathrm{subdims}$ a token takes
+    $O(a \cdot \mathrm{width} \cdot \mathrm{hidden})$. In training the loss `balance` is added, as in `moe`.
+
+    The paper's abstract leaves the exact scale, the place of the weights, and the form of the fusion open; here the
+    scale keeps the variance of what enters the nonlinearity, weights act on the input, and the fusion is
+    block-diagonal behind a permutation. A stream expanded at constant active work is a larger `width` of the model.
+    """
+
+    subdims: Annotated[int, Field(ge=1, le=65536)] = 8
+    """How many sub-dimensions the width is cut in."""
+    shared: Annotated[int, Field(ge=0, le=65536)] = 2
+    """How many of them serve every token."""
+    top_k: Annotated[int, Field(ge=1, le=65536)] = 2
+    """How many of the others a token takes."""
+    gated: bool = True
+    """Whether the hidden layer is a gated unit (`glu`) rather than an `mlp`."""
+    scores: Scores = "softmax"
+    """How the router's output becomes scores: `softmax` over the routed sub-dimensions, or each one's `sigmoid`."""
+    renormalize: bool | None = None
+    """Whether the weights of the sub-dimensions that a token takes average 1; by default unless `top_k` is 1, where the
+    router could not learn from it."""
+    scale: Positive | None = None
+    """Factor on the active input; by default the square root of `subdims / (shared + top_k)`."""
+    fusion: bool = True
+    """Whether a learned matrix for each channel of a sub-dimension mixes the outputs of all sub-dimensions."""
+    balance: Coefficient = 0.01
+    """Weight of the loss for even use of the routed sub-dimensions."""
+    activation: Activation | None = None
+    linear: Linear | None = None
+
+    def is_gated(self) -> bool:
+        return self.gated
+
+    def derive(self, scope: Scope) -> Mapping[str, Any]:
+        return {
+            **super().derive(scope),
+            "renormalize": self.top_k > 1,
+            "scale": math.sqrt(self.subdims / (self.shared + self.top_k)),
+        }
+
+    def check(self, scope: Scope) -> Iterator[Complaint]:
+        yield from super().check(scope)
+        if scope.width % self.subdims:
+            fits = next(n for n in range(self.subdims, 0, -1) if scope.width % n == 0)
+            yield Complaint(
+                "subdims", f"width {scope.width} does not divide into {self.subdims} parts; {fits} would do"
+            )
+        if self.shared + self.top_k > self.subdims:
+            yield Complaint(
+                "top_k",
+                f"shared {self.shared} and top_k {self.top_k} are more than the {self.subdims} subdims; at most "
+                f"{self.subdims} together would do",
+            )
+
+    @property
+    def routed(self) -> Axis:
+        """The sub-dimensions that tokens choose from."""
+        return Axis("subdims", self.subdims - self.shared)
+
+    def subdim(self, scope: Scope) -> Axis:
+        """The channels of a sub-dimension."""
+        return Axis("subdim_width", scope.width // self.subdims)
+
+    @property
+    def widening(self) -> tuple[str, ...]:
+        """Names of the maps from the stream to the hidden channels."""
+        return ("gate", "up") if self.gated else ("up",)
+
+    def children(self, scope: Scope) -> Mapping[str, Child]:
+        inner, hidden = self.inner(scope), self.hidden_axis
+        found = {"activation": Child(inner.activation, inner.at(width=hidden.size))}
+        if self.shared:
+            width = Axis("width", self.shared * self.subdim(scope).size)
+            found |= {f"shared_{name}": self.project(inner, width, hidden) for name in self.widening}
+            found["shared_down"] = self.project(inner, hidden, width, residual=True)
+        return found
+
+    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
+        routed, subdim, hidden = self.routed, self.subdim(scope), self.hidden_axis
+        active, width = Fraction(self.top_k, max(1, routed.size)), Axis("width", scope.width)
+        std = scope.init_std
+        found = {"router": Parameter((routed, width), normal(std))}
+        found |= {name: Parameter((routed, hidden, subdim), normal(std), active=active) for name in self.widening}
+        found["down"] = Parameter((routed, subdim, hidden), normal(std / math.sqrt(scope.depth)), active=active)
+        if self.fusion:
+            subdims = Axis("subdims", self.subdims)
+            found["fusion"] = Parameter((subdim, subdims, subdims), _identity, decay=False)
+        return found
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        rows, width, hidden, size = call.rows, scope.width, self.hidden_axis.size, call.element_bytes
+        subdim, routed, matrices = self.subdim(scope).size, self.routed.size, len(self.widening) + 1
+        pairs = rows * self.top_k
+        used = routed * (1 - (1 - self.top_k / max(1, routed)) ** rows)
+        router = Cost(
+            flops=2.0 * rows * width * routed,
+            traffic=float((routed * width + rows * (width + routed)) * size),
+        ) + elementwise(rows * routed, size, operations=5)
+        blocks = Cost(
+            flops=2.0 * pairs * subdim * hidden * matrices,
+            traffic=float((used * subdim * hidden + pairs * (subdim + hidden)) * matrices * size),
+            saved=float(pairs * (subdim + hidden) * size),
+        )
+        sums = elementwise(pairs * hidden, size, saved=0) * len(self.widening)
+        product = elementwise(rows * hidden, size, operands=3, saved=2) if self.gated else Cost()
+        ends = elementwise(rows * width, size, operations=2, operands=4)
+        fusion = Cost(
+            flops=2.0 * rows * width * self.subdims,
+            traffic=float((width * self.subdims + 2 * rows * width) * size),
+            saved=float(rows * width * size),
+        )
+        total = self.children_cost(scope, call) + router + blocks + sums + product + ends
+        peak = float((pairs * hidden * 2 + rows * (hidden * len(self.widening) + width)) * size)
+        return replace(total + fusion if self.fusion else total, peak=peak)
+
+    def forward(
+        self,
+        module: Any,
+        x: Tensor,
+        ctx: Context,
+        state: StateTree | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, StateTree | None]:
+        import torch
+        import torch.nn.functional as F
+
+        assert self.scale is not None, "filled in"
+        rows = x.reshape(-1, x.shape[-1])
+        scores = scored(F.linear(rows, module.router), self.scores)
+        weights, chosen = scores.topk(self.top_k, dim=-1)
+        if module.training and self.balance:
+            ctx.add_loss("balance", self.balance * imbalance(scores, chosen))
+        if self.renormalize:
+            weights = self.top_k * normalized(weights)
+
+        routed = self.routed.size
+        order, offsets = kernels.sort_by_group(chosen.flatten(), routed)
+        back = inverse(order)
+        subdim = rows.shape[-1] // self.subdims
+        common, special = (rows * self.scale).split([self.shared * subdim, routed * subdim], dim=-1)
+        picks = chosen[..., None].expand(-1, -1, subdim)
+        picked = special.unflatten(-1, (routed, subdim)).gather(1, picks) * weights[..., None].to(x.dtype)
+        picked = picked.flatten(0, 1)[order]
+
+        def widened(name: str) -> Tensor:
+            """The sum over a token's active sub-dimensions, `[rows, hidden]`."""
+            blocks = kernels.grouped_matmul(picked, getattr(module, name), offsets)[back]
+            h = blocks.unflatten(0, chosen.shape).sum(dim=1)
+            return h + getattr(module, f"shared_{name}")(common) if self.shared else h
+
+        h = module.activation(widened("gate")) * widened("up") if self.gated else module.activation(widened("up"))
+        blocks = kernels.grouped_matmul(h[order // self.top_k], module.down, offsets)[back]
+        y = torch.zeros_like(special).unflatten(-1, (routed, subdim))
+        y = y.scatter(1, picks, blocks.unflatten(0, chosen.shape)).flatten(1)
+        if self.shared:
+            y = torch.cat([module.shared_down(h), y], dim=-1)
+        if self.fusion:
+            parts = y.unflatten(-1, (self.subdims, subdim)).permute(2, 0, 1)
+            y = torch.bmm(parts, module.fusion.transpose(1, 2)).permute(1, 2, 0)
+        return y.reshape(x.shape), None
+
+
+def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+    """The identity along the last two axes."""
+    tensor.zero_().diagonal(dim1=-2, dim2=-1).fill_(1.0)
