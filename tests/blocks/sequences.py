@@ -16,15 +16,15 @@ VOCAB = 11
 
 def model(mixer: Any, *, context: int = 24, width: int = 24, **settings: Any) -> Model:
     """One layer with nothing but the mixer, in float64, with weights at which it matters."""
-    spec = Spec(
-        width=width,
-        context=context,
-        init_std=0.5,
-        stem={"type": "token", "vocab": VOCAB},
-        body={"type": "stack", "layers": [{"mixer": mixer}]},
-        **{"head": "language_model"} | settings,
-    )
-    return build(spec, dtype=torch.float64).eval()
+    fields: dict[str, Any] = {
+        "width": width,
+        "context": context,
+        "init_std": 0.5,
+        "stem": {"type": "token", "vocab": VOCAB},
+        "body": {"type": "stack", "layers": [{"mixer": mixer}]},
+        "head": "language_model",
+    }
+    return build(Spec(**fields | settings), dtype=torch.float64).eval()
 
 
 def words(batch: int, tokens: int, seed: int = 0) -> Tensor:

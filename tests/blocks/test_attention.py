@@ -17,11 +17,14 @@ from tolerance import assert_close
 from torch import Tensor, nn
 
 from zoo.blocks.attention import Attention
+from zoo.blocks.norms import RMSNorm
 from zoo.blocks.positions import ALiBi, LearnedPosition, NoPosition, Rotary
 from zoo.builder import empty_state
 from zoo.cost import Call
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 4, 2, 12, 5
+USUAL: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "attn_implementation": "eager"}
+GROUPED = USUAL | {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
 
 
 def mask(tokens: int, window: int | None) -> Tensor:
@@ -43,11 +46,7 @@ def llama() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        attn_implementation="eager",
+        **GROUPED,
     )
     theirs = LlamaAttention(config, layer_idx=0)
     perturb(theirs)
@@ -60,15 +59,11 @@ def gemma2(layer: int) -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
 
     config = Gemma2Config(
-        hidden_size=WIDTH,
+        **GROUPED,
         num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
         query_pre_attn_scalar=20,
         attn_logit_softcapping=1.5,
         sliding_window=WINDOW,
-        attn_implementation="eager",
     )
     theirs = Gemma2Attention(config, layer_idx=layer)
     perturb(theirs)
@@ -88,16 +83,12 @@ def qwen3() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
     config = Qwen3Config(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
+        **GROUPED,
         rms_norm_eps=1e-5,
-        attn_implementation="eager",
     )
     theirs = Qwen3Attention(config, layer_idx=0)
     perturb(theirs)
-    ours = Attention(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm="rmsnorm")
+    ours = Attention(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=RMSNorm())
     return theirs, Qwen3RotaryEmbedding(config), ours, renamed(theirs)
 
 
@@ -106,14 +97,10 @@ def qwen3_next() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
 
     config = Qwen3NextConfig(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=16,
+        **GROUPED | {"head_dim": 16},
         rms_norm_eps=1e-5,
         attention_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-        attn_implementation="eager",
     )
     theirs = Qwen3NextAttention(config, layer_idx=0)
     perturb(theirs)
@@ -127,7 +114,7 @@ def qwen3_next() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
         heads=HEADS,
         kv_heads=KV_HEADS,
         head_dim=16,
-        qk_norm="rmsnorm",
+        qk_norm=RMSNorm(),
         gate="channel",
         bias=True,
         out_bias=True,
@@ -141,14 +128,12 @@ def gpt_neox() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, GPTNeoXRotaryEmbedding
 
     config = GPTNeoXConfig(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
+        **USUAL,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        attn_implementation="eager",
     )
     theirs = GPTNeoXAttention(config, layer_idx=0)
     perturb(theirs)
-    weights = {f"out.{kind}": tensor for kind, tensor in theirs.dense.named_parameters()}
+    weights: dict[str, Tensor] = {f"out.{kind}": tensor for kind, tensor in theirs.dense.named_parameters()}
     for kind, tensor in theirs.query_key_value.named_parameters():
         thirds = tensor.unflatten(0, (HEADS, 3, WIDTH // HEADS)).unbind(1)
         weights |= {f"{n}.{kind}": t.flatten(0, 1) for n, t in zip(("query", "key", "value"), thirds, strict=True)}
@@ -178,7 +163,8 @@ def test_agrees_with_transformers(make: Any, tokens: int) -> None:
 
 def pair_by_pair(ours: Built, x: Tensor) -> Tensor:
     """The formula of the class, for one sequence, one head and one pair of tokens after the other."""
-    c, w, tokens = ours.component, ours.weights, x.shape[0]
+    c, tokens = ours.component, x.shape[0]
+    w = {name: tensor.detach() for name, tensor in ours.weights.items()}
 
     def heads(name: str, count: int) -> Tensor:
         return (x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)).view(tokens, count, -1)
@@ -318,7 +304,7 @@ def test_absolute_positions_leave_attention_alone() -> None:
         (16, {"head_dim": 40}, 1, 40),
     ],
 )
-def test_heads_fit_the_width(width: int, given: dict[str, int], heads: int, head_dim: int) -> None:
+def test_heads_fit_the_width(width: int, given: dict[str, Any], heads: int, head_dim: int) -> None:
     filled = Attention(**given).fill(place(width))
     assert (filled.heads, filled.kv_heads, filled.head_dim) == (heads, heads, head_dim)
     assert filled.scale == head_dim**-0.5

@@ -16,7 +16,8 @@ from tolerance import assert_close
 from torch import Tensor
 
 from zoo.blocks.mamba import Mamba
-from zoo.builder import empty_state
+from zoo.blocks.model import Spec
+from zoo.builder import declared, empty_state
 from zoo.cost import Call
 from zoo.kernels import work
 
@@ -156,6 +157,16 @@ def test_initialisation_is_the_published_one() -> None:
 def test_weight_decay_leaves_the_dynamics_alone() -> None:
     parameters = small().fill(place()).parameters(place())
     assert {name for name, parameter in parameters.items() if parameter.decay} == {"conv"}
+
+
+def test_parameters_of_mamba_130m() -> None:
+    parts: dict[str, Any] = {
+        "stem": {"type": "token", "vocab": 50280},
+        "body": {"type": "stack", "layers": [{"mixer": "mamba"}] * 24},
+        "head": "language_model",
+    }
+    spec = Spec(width=768, **parts).fill()
+    assert sum(parameter.count for _, parameter in declared(spec, spec.root())) == 129_135_360
 
 
 def test_defaults_follow_the_width() -> None:

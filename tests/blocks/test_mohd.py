@@ -97,14 +97,13 @@ def gradients(y: Tensor, inputs: list[Tensor], pull: Tensor) -> Tensor:
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("shared", [0, 3])
 def test_with_everything_active_is_dense(gated: bool, shared: int) -> None:
-    mohd = built(MixtureOfHiddenDimensions(hidden=24, subdims=4, shared=shared, top_k=4 - shared, gated=gated))
+    component = MixtureOfHiddenDimensions(hidden=24, subdims=4, shared=shared, top_k=4 - shared, gated=gated)
+    mohd = built(component.model_copy(update={"renormalize": True}))
     assert mohd.component.scale == 1.0
-    if shared == 3:
-        mohd = built(mohd.component.model_copy(update={"renormalize": True}))
     dense = built((GLU if gated else MLP)(hidden=24))
     with torch.no_grad():
         mohd.weights["router"].zero_()
-        for name in mohd.component.widening + ("down",):
+        for name in (*mohd.component.widening, "down"):
             dense.weights[f"{name}.weight"].copy_(whole_matrix(mohd, name))
     x = draw(2, 5, 16)
     assert_close(mohd(x), dense(x))
@@ -143,9 +142,8 @@ def test_scale_keeps_the_variance(top_k: int) -> None:
 
 
 def test_balance_in_training_only() -> None:
-    mohd = built(MixtureOfHiddenDimensions(hidden=8, subdims=6, shared=2, top_k=4, balance=0.5))
-    x = draw(2, 5, 18)
-    mohd = built(mohd.component, place(width=18))
+    component = MixtureOfHiddenDimensions(hidden=8, subdims=6, shared=2, top_k=4, balance=0.5)
+    mohd, x = built(component, place(width=18)), draw(2, 5, 18)
     ctx = context(x)
     mohd(x, ctx)
     assert ctx.losses == {}

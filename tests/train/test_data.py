@@ -106,6 +106,8 @@ def test_shuffle_shows_each_thing_once_per_epoch(count: int, seed: int, epoch: i
     epochs, things = Shuffle(count, seed)(np.arange(epoch * count, (epoch + 1) * count))
     assert (epochs == epoch).all()
     assert sorted(things) == list(range(count))
+    _, later = Shuffle(count, seed)(np.arange((epoch + 1) * count, (epoch + 2) * count))
+    assert count < 20 or (things != later).any()
 
 
 # Bytes
@@ -183,7 +185,7 @@ def test_a_folder_is_split_by_file_and_equal_files_stay_together(tmp_path: Path)
 def test_adding_a_file_moves_no_other(tmp_path: Path) -> None:
     folder = _folder(tmp_path, {f"{number}.txt": _marked(number) for number in range(50)})
     before = load_data(f"bytes:{folder}", context=15)
-    _folder(tmp_path, {"a-new-one.txt": _marked(999)})
+    _folder(tmp_path, {"!first.txt": _marked(999)})
     after = load_data(f"bytes:{folder}", context=15)
     assert before.describe().fingerprint != after.describe().fingerprint
     for split in SPLITS:

@@ -357,6 +357,22 @@ def test_a_report_may_end_the_run(tmp_path: Path) -> None:
     assert fit(small(), settings(), tmp_path).steps == 20
 
 
+def test_rows_of_steps_that_were_lost_are_written_once(tmp_path: Path) -> None:
+    def fail(progress: Progress) -> None:
+        if progress.step == 7:
+            raise RuntimeError
+
+    chosen = settings(checkpoint_every=4, log_every=1)
+    with pytest.raises(RuntimeError):
+        fit(small(), chosen, tmp_path, progress=fail)
+    assert load_checkpoint(tmp_path / "last.ckpt")["step"] == 4
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 8))
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("8,0.5")
+    fit(small(), chosen, tmp_path)
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 21))
+
+
 class _Poisoned(TinyLanguageModel):
     """Its loss is not a number from a given forward pass on."""
 

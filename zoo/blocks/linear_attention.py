@@ -240,8 +240,8 @@ class LinearAttention(HeadMixer):
             return kernels.recurrence(q, k, v, log_decay=log_decay, state=memory, segments=ctx.segments, scale=scale)
         if log_decay is None and ctx.segments is None:
             dtype = torch.promote_types(v.dtype, torch.float32)
-            whole = torch.einsum("bthk,bthv->bhkv", k.to(dtype), v.to(dtype))
-            return (torch.einsum("bthk,bhkv->bthv", q.to(dtype), whole) * scale).to(v.dtype), None
+            q, k, v_wide = q.to(dtype).transpose(1, 2), k.to(dtype).permute(0, 2, 3, 1), v.to(dtype).transpose(1, 2)
+            return (q @ (k @ v_wide) * scale).transpose(1, 2).to(v.dtype), None
         # Forwards and backwards, which count a token's own value twice.
         forwards, _ = kernels.recurrence(q, k, v, log_decay=log_decay, segments=ctx.segments, scale=scale)
         flipped = None if ctx.segments is None else ctx.segments.flip(1)

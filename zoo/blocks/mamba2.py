@@ -137,7 +137,8 @@ class Mamba2(StateSpace):
             ),
             # Nonlinearity of the convolution; step, skip, gate and norm of each channel; decays of each pair.
             pointwise=convolution + call.rows * (2 * convolved + 11 * hidden + (4 + 3 * chunk) * self.heads),
-            traffic=call.element_bytes * (call.rows * (3 * convolved + 7 * hidden) + 2 * batch * convolved * 3)
+            traffic=(call.rows * (3 * convolved + 7 * hidden) + 2 * batch * (self.conv_kernel - 1) * convolved)
+            * call.element_bytes
             + 2 * memory,
             saved=call.element_bytes * call.rows * (4 * convolved + 7 * hidden) + 4 * scores + 2 * memories,
             peak=call.element_bytes * call.rows * (convolved + 2 * hidden)

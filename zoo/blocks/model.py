@@ -89,6 +89,13 @@ class Spec(Component):
     body: Body
     head: Head
 
+    @property
+    def hash(self) -> str:
+        """The identity of the architecture; see `zoo.spec.document.spec_hash`."""
+        from zoo.spec.document import spec_hash
+
+        return spec_hash(self)
+
     def root(self) -> Scope:
         """The scope in front of the stem."""
         causal = isinstance(self.head, HeadBase) and self.head.causal if self.causal is None else self.causal

@@ -86,9 +86,13 @@ class Pooling(Component):
 
     def on_grid(self, x: Tensor, ctx: Context) -> Tensor:
         """Means over a grid of two or three dimensions."""
+        import torch
         import torch.nn.functional as F
 
         pool = F.avg_pool2d if len(ctx.grid) == 2 else F.avg_pool3d
+        borders = (self.size // 2,) * (2 * len(ctx.grid))
         grid = x.transpose(1, 2).unflatten(2, ctx.grid)
-        mean = pool(grid, self.size, stride=1, padding=self.size // 2, count_include_pad=False)
-        return mean.flatten(2).transpose(1, 2)
+        total, seen = (
+            pool(F.pad(each, borders), self.size, stride=1) for each in (grid, torch.ones_like(grid[:1, :1]))
+        )
+        return (total / seen).flatten(2).transpose(1, 2)

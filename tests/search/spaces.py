@@ -1,0 +1,159 @@
+"""Spaces for the tests of the search: generated ones, and some of every shape that real files have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from zoo.search.program import Decision, Point, Value
+from zoo.search.space import Space
+from zoo.spec.template import Template, compile_document
+from zoo.spec.tree import tree
+
+HYBRID = Path(__file__).with_name("hybrid.yaml")
+
+STAGES = """
+vars:
+  scale: {choice: [1, 2]}
+  expansion: {choice: [2, 4], name: expansion}
+width: 16
+norm: {choice: [layernorm, rmsnorm]}
+stem: {type: patch, image: [32, 32], size: 4, class_token: false}
+body:
+  type: stages
+  stages:
+    - width: 16
+      layers: {repeat: {int: [1, 3]}, of: {mixer: {choice: [identity, pooling]}, channel: {type: mlp, ratio: $expansion}}}
+    - width: $(16 * scale)
+      reduce: patch_merge
+      layers:
+        - repeat: {choice: [1, 2]}
+          of:
+            mixer: {type: attention, heads: {choice: [1, 2, 3]}, causal: false}
+            channel: {choice: {none: null, mlp: {type: mlp, ratio: {choice: [1, $expansion]}}}}
+head: {type: classifier, classes: 10}
+"""
+
+SHARED = """
+vars:
+  d: {choice: [32, 48, 64]}
+  n: {int: [1, 3]}
+  window: {choice: [null, 8]}
+width: $d
+context: {choice: [16, 32]}
+stem: {type: token, vocab: 64}
+body:
+  layers:
+    - repeat: $(2 * n)
+      of:
+        mixer: {type: attention, heads: {choice: [1, 2, 4], name: heads}, window: $window}
+        channel: {choice: {glu: {type: glu, hidden: $(2 * d)}, mlp: {type: mlp, ratio: {choice: [1, 2, 4]}}}}
+        residual: {choice: [pre, post]}
+    - {mixer: {choice: {mamba2: {type: mamba2, head_dim: 16}, nothing: identity}}, channel: mlp}
+head: {type: language_model, tied: {choice: [true, false]}}
+"""
+
+EVERYTHING = """
+width: 32
+context: 32
+stem: {type: token, vocab: 64}
+body:
+  choice:
+    plain: {layers: {repeat: {int: [2, 4]}, of: {mixer: {choice: [identity, attention]}, channel: mlp}}}
+    nested:
+      layers:
+        repeat: {choice: [1, 2]}
+        of:
+          - {mixer: attention, channel: {type: moe, experts: {choice: [2, 4]}, top_k: {choice: [1, 2, 3]}}}
+          - repeat: {int: [0, 2]}
+            of: {channel: {type: mlp, hidden: {int: [8, 32], step: 8}}, norm: {choice: [rmsnorm, layernorm]}}
+head: language_model
+"""
+
+
+def hybrid() -> Space:
+    return Space.parse(HYBRID.read_text(), "hybrid.yaml")
+
+
+def real() -> dict[str, Space]:
+    """Spaces of every shape that real files have, by name."""
+    texts = {"stages": STAGES, "shared": SHARED, "everything": EVERYTHING}
+    return {"hybrid": hybrid(), **{name: Space.parse(text, f"{name}.yaml") for name, text in texts.items()}}
+
+
+def points(space: Space) -> Iterator[Point]:
+    """Every point of a small space, by trying for each decision in turn the next of its values."""
+    script: list[int] = []
+    while True:
+        asked: list[int] = []
+
+        def choose(decision: Decision) -> Value:
+            values = decision.values()
+            index = script[len(asked)] if len(asked) < len(script) else 0
+            asked.append(len(values) - index - 1)
+            return values[index]
+
+        yield space.decide(choose)
+        script = [*script, *[0] * (len(asked) - len(script))][: len(asked)]
+        while asked and asked[-1] == 0:
+            asked.pop()
+            script.pop()
+        if not asked:
+            return
+        script[-1] += 1
+
+
+LABELS = st.lists(st.sampled_from([1, 2, 3, None, "a", "b"]), min_size=1, max_size=3, unique=True)
+NAMES = st.sampled_from([None, None, None, "p", "q"])
+
+
+def _hole(options: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    named = st.dictionaries(st.sampled_from(["x", "y", "z"]), options, min_size=1, max_size=3)
+    return st.one_of(
+        LABELS.map(lambda labels: {"choice": labels}),
+        named.map(lambda found: {"choice": found}),
+        st.tuples(st.integers(0, 2), st.integers(0, 2)).map(lambda ends: {"int": [ends[0], sum(ends)]}),
+    )
+
+
+VALUES = st.recursive(
+    st.one_of(st.sampled_from([1, "word", "$v", "$w", "$(2 * n)"]), _hole(st.sampled_from([1, "$v", "$w"]))),
+    lambda inner: st.one_of(
+        _hole(inner), st.dictionaries(st.sampled_from(["k", "l"]), inner, min_size=1), st.lists(inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+LENGTHS = st.sampled_from(
+    [1, 2, {"int": [0, 2]}, {"int": [1, 2]}, {"choice": [1, 3]}, "$n", {"choice": {"a": 1, "b": {"int": [0, 1]}, "c": "$n"}}]
+)
+LAYERS = st.lists(
+    st.one_of(
+        VALUES,
+        st.fixed_dictionaries({"repeat": LENGTHS, "of": VALUES}),
+        st.fixed_dictionaries(
+            {"repeat": LENGTHS, "of": st.tuples(VALUES, st.fixed_dictionaries({"repeat": LENGTHS, "of": VALUES})).map(list)}
+        ),
+    ),
+    min_size=1,
+    max_size=2,
+)
+
+
+@st.composite
+def templates(draw: st.DrawFn) -> Template:
+    """Documents without meaning that use everything of the language: shared and private holes, arithmetic, lengths."""
+    shared = draw(st.sampled_from([{"choice": [1, 2]}, {"choice": {"one": 1, "more": {"choice": [2, 3]}}}]))
+    document = {
+        "vars": {"n": draw(st.sampled_from([1, {"int": [0, 2]}, "$m"])), "m": 2, "v": shared, "w": draw(VALUES_OF_W)},
+        "width": draw(st.sampled_from([8, {"choice": [8, 16]}])),
+        "other": draw(VALUES),
+        "body": draw(st.one_of(st.fixed_dictionaries({"layers": LAYERS}), st.fixed_dictionaries({"layers": LAYERS, "x": st.just("$(2 * width)")}))),
+        "list": draw(LAYERS),
+    }
+    return compile_document(tree(document))
+
+
+VALUES_OF_W = st.sampled_from([{"k": {"choice": [1, 2]}}, {"choice": {"r": {"k": {"choice": [1, 2]}}, "v": "$v"}}, "$v"])

@@ -1,0 +1,197 @@
+"""All commands and their options. Each imports what it needs when it runs, so that `--help` stays quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="zoo",
+    help="Specs in YAML become PyTorch models; specs with holes become architecture searches under budgets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _spec_names(incomplete: str) -> list[str]:
+    from zoo.spec.document import spec_names
+
+    return [name for name in spec_names() if name.startswith(incomplete)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import zoo
+
+        typer.echo(f"zoo {zoo.__version__}")
+        raise typer.Exit
+
+
+SpecArgument = Annotated[
+    str, typer.Argument(help="A spec file, or the name of a shipped spec.", autocompletion=_spec_names)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences or images at once.")]
+Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence; by default the spec's context.")]
+Past = Annotated[int | None, typer.Option(min=0, help="Tokens behind which one more is decoded; by default --seq.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all cores.")]
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Only names that match, for example 'mamba*'.")] = "*",
+    role: Annotated[str | None, typer.Option(help="Only components of this role, or 'spec'.")] = None,
+    json: Json = False,
+) -> None:
+    """List components and shipped specs."""
+    from zoo.cli.facts import list_entries
+
+    list_entries(pattern, role, json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A component's type, a shipped spec, or a file.")],
+    canonical: Annotated[bool, typer.Option(help="Print the spec with every default spelled out.")] = False,
+    json: Json = False,
+) -> None:
+    """Explain a component, or print a spec or space and its figures."""
+    from zoo.cli.facts import show_entry
+
+    show_entry(name, canonical, json)
+
+
+@app.command()
+def validate(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders or names; by default all shipped specs.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check specs and spaces: every problem with its line, and counts against published figures."""
+    from zoo.cli.facts import validate_all
+
+    raise typer.Exit(validate_all(names or [], json))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write to this file in place of the terminal.")] = None,
+) -> None:
+    """Write the JSON Schema with which editors complete and check specs."""
+    from zoo.cli.facts import write_schema
+
+    write_schema(out)
+
+
+@app.command()
+def cost(
+    spec: SpecArgument,
+    batch: Batch = 1,
+    seq: Seq = None,
+    past: Past = None,
+    dtype: Dtype = "float32",
+    layers: Annotated[bool, typer.Option(help="A row for each part of the model.")] = False,
+    measure: Annotated[bool, typer.Option(help="Also build the model and time it on --device.")] = False,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Count parameters, FLOPs, bytes and state from the specification alone."""
+    from zoo.cli.facts import print_cost
+
+    print_cost(spec, batch, seq, past, dtype, layers, device if measure else None, json)
+
+
+@app.command()
+def build(
+    spec: SpecArgument,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or meta to allocate nothing.")] = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    save: Annotated[Path | None, typer.Option(help="Write weights and spec to this safetensors file.")] = None,
+    tree: Annotated[bool, typer.Option(help="Print the tree of modules.")] = False,
+    json: Json = False,
+) -> None:
+    """Build the PyTorch model of a spec."""
+    from zoo.cli.run import build_model
+
+    build_model(spec, device, dtype, seed, save, tree, json)
+
+
+@app.command()
+def train(
+    spec: SpecArgument,
+    data: Annotated[str, typer.Option(help="bytes:stdlib, bytes:PATH, digits, copy, recall or selective_copy.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same again continues it.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts that a batch is cut into, to save memory.")] = 1,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample; by default the spec's.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="cosine, wsd or constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled decay, where it belongs.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Highest norm of the gradient; 0 for none.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="32, bf16 or 16.")] = "32",
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many evaluations without a new best.")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute layers in the backward pass, to save memory.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile first.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard logs.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Start over where the folder holds a run.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a spec on a data set."""
+    from zoo.cli.run import train_model
+
+    settings = {
+        "data": data,
+        "steps": steps,
+        "batch": batch,
+        "accumulate": accumulate,
+        "context": context,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_share": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip or None,
+        "precision": precision,
+        "evaluate_every": evaluate_every,
+        "patience": patience,
+        "checkpoint_every": checkpoint_every,
+        "device": device,
+        "threads": threads,
+        "seed": seed,
+        "tensorboard": tensorboard,
+    }
+    raise typer.Exit(train_model(spec, settings, out, checkpointing, compile, fresh, json))
+
+
+@app.command()
+def kernels(device: Device = "cpu", dtype: Dtype = "float32", json: Json = False) -> None:
+    """Show for each primitive which implementation runs on a device, and why the others do not."""
+    from zoo.cli.facts import print_kernels
+
+    print_kernels(device, dtype, json)

@@ -1,0 +1,309 @@
+"""Commands that print facts: list, show, validate, schema, cost, kernels. None needs torch unless it times a model."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, shown
+from zoo.errors import ZooError, did_you_mean
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
+    from zoo.component import Component
+    from zoo.metrics import Tally, Workload
+
+HEADLINE = ("params", "active_params", "flops", "decode_flops", "weights", "state", "memory")
+"""Figures that `zoo show` prints for a spec."""
+
+
+def list_entries(pattern: str, role: str | None, as_json: bool) -> None:
+    """Print components and shipped specs whose names match a shell pattern."""
+    from zoo.docs import summary
+    from zoo.registry import Role, components
+    from zoo.spec.document import spec_names
+
+    kinds = [*(str(known) for known in Role), "spec"]
+    if role is not None and role not in kinds:
+        raise ZooError(f"unknown role {role!r}{did_you_mean(role, kinds)}")
+    rows = [
+        {"role": str(entry.role), "type": entry.type, "summary": summary(entry)}
+        for entry in components()
+        if role in (None, str(entry.role)) and fnmatchcase(entry.type, pattern)
+    ]
+    if role in (None, "spec"):
+        names = [name for name in spec_names() if fnmatchcase(name, pattern)]
+        rows += [{"role": "spec", "type": name, "summary": _spec_summary(name)} for name in names]
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        raise ZooError(f"nothing matches {pattern!r}")
+    else:
+        print_table("", ("role", "name", "what it is"), ([row["role"], row["type"], row["summary"]] for row in rows))
+
+
+def _spec_summary(name: str) -> str:
+    from zoo.spec.document import read
+
+    value = read(name).source.entries.get("summary")
+    return str(value.value) if value is not None else ""
+
+
+def show_entry(name: str, canonical: bool, as_json: bool) -> None:
+    """Explain a component, or print a spec or space."""
+    from zoo.registry import components
+    from zoo.spec.document import SUFFIXES, locate, spec_names
+
+    found = [entry for entry in components() if entry.type == name]
+    if not found and Path(name).suffix not in SUFFIXES and not Path(name).is_file():
+        known = [*spec_names(), *(entry.type for entry in components())]
+        if name not in known:
+            raise ZooError(f"neither a component nor a spec is called {name!r}{did_you_mean(name, known)}")
+    if not found:
+        _show_file(locate(name), canonical, as_json)
+    elif as_json:
+        print_json([_facts(entry) for entry in found])
+    else:
+        for entry in found:
+            _show_component(entry)
+
+
+def _facts(component: type[Component]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from zoo.component import Component as Base
+    from zoo.docs import field_docs
+    from zoo.spec.document import brief
+
+    docs = field_docs(component)
+    fields = []
+    for name, field in component.model_fields.items():
+        default = None if field.is_required() else field.default
+        fields.append(
+            {
+                "name": name,
+                "required": field.is_required(),
+                "default": brief(default) if isinstance(default, Base) else default,
+                "description": docs.get(name, ""),
+            }
+        )
+    return {
+        "type": component.type,
+        "role": str(component.role),
+        "description": inspect.cleandoc(component.__doc__ or ""),
+        "fields": fields,
+        "traits": asdict(component.traits),
+        "sources": component.entry.sources,
+        "catalogue": component.entry.catalogue,
+        "module": component.__module__,
+    }
+
+
+def _show_component(component: type[Component]) -> None:
+    facts, out = _facts(component), console()
+    out.print(f"{facts['type']}  ({facts['role']}, {facts['module']})", style="bold")
+    out.print(facts["description"])
+    rows = [
+        (field["name"], "needed" if field["required"] else _default(field["default"]), field["description"])
+        for field in facts["fields"]
+    ]
+    if rows:
+        print_table("", ("field", "default", "what it is"), rows)
+    for source in facts["sources"]:
+        out.print(f"source: {source}")
+
+
+def _default(value: Any) -> str:
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _show_file(path: Path, canonical: bool, as_json: bool) -> None:
+    from zoo.metrics import metrics
+    from zoo.spec.check import is_open
+    from zoo.spec.construct import construct
+    from zoo.spec.document import canonical as canonical_form
+    from zoo.spec.document import dump, read
+
+    template = read(path)
+    if is_open(template):
+        _show_space(path, as_json)
+        return
+    spec: Spec = construct(template.closed())  # type: ignore[assignment]
+    if as_json:
+        print_json({"hash": spec.hash, "canonical": canonical_form(spec), "metrics": metrics(spec)})
+        return
+    print(dump(spec.fill() if canonical else spec), end="")
+    figures = metrics(spec)
+    console().print("  ".join([f"hash {spec.hash}", *(f"{key} {shown(key, figures[key])}" for key in HEADLINE)]))
+
+
+def _show_space(path: Path, as_json: bool) -> None:
+    from zoo.search.space import load_space
+
+    space = load_space(path)
+    space.validate()
+    size = space.size()
+    facts = [
+        {
+            "name": decision.name,
+            "kind": decision.kind,
+            "values": list(decision.labels) if decision.kind != "float" else [decision.low, decision.high],
+        }
+        for decision in space.decisions
+    ]
+    if as_json:
+        print_json({"hash": space.hash, "size": size, "decisions": facts})
+        return
+    print_table(
+        f"{path}: a space of {'infinitely many' if size is None else f'{size:,}'} points",
+        ("decision", "kind", "values"),
+        ((fact["name"], fact["kind"], ", ".join(map(str, fact["values"]))) for fact in facts),
+    )
+
+
+def validate_all(names: list[str], as_json: bool) -> int:
+    """Check files; returns the exit code, 1 if anything is wrong."""
+    from zoo.spec.check import check, spec_files
+    from zoo.spec.document import specs_folder
+
+    results = [check(name) for name in spec_files(names or [specs_folder()])]
+    wrong = sum(1 for result in results if result.problems)
+    if as_json:
+        print_json([{"file": r.name, "kind": r.kind, "problems": [_problem(p) for p in r.problems]} for r in results])
+        return int(wrong > 0)
+    for result in results:
+        if result.problems:
+            print("\n".join(str(problem) for problem in result.problems))
+        elif names:
+            print(f"{result.name}: a valid {result.kind}")
+    if not results:
+        raise ZooError(f"no specs in {', '.join(map(str, names))}")
+    if len(results) > 1 or not names:
+        print(f"{len(results) - wrong} of {len(results)} are valid")
+    return int(wrong > 0)
+
+
+def _problem(problem: Any) -> dict[str, Any]:
+    mark = problem.mark
+    place = {} if mark is None else {"file": mark.file, "line": mark.line, "column": mark.column}
+    return {"path": problem.path, "message": problem.message, **place}
+
+
+def write_schema(out: Path | None) -> None:
+    """Print the JSON Schema, or write it to a file and say how an editor finds it."""
+    import json
+
+    from zoo.spec.schema import json_schema
+
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+        return
+    out.write_text(text, encoding="utf-8")
+    print(f"wrote {out}; begin a spec with\n# yaml-language-server: $schema={out}")
+
+
+def print_cost(
+    name: str,
+    batch: int,
+    seq: int | None,
+    past: int | None,
+    dtype: str,
+    layers: bool,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Print all analytic figures of a spec, on request for each part, and what it measures on a device."""
+    from zoo.metrics import Workload, figures, parts
+    from zoo.spec.document import load
+
+    spec = load(name)
+    work = Workload(batch, seq, past, dtype).at(spec.context)
+    tallies = [(path, component, tally) for path, component, tally in parts(spec.fill(), work)]
+    total = figures(_sum(tally for _, _, tally in tallies), work)
+    measured = {} if device is None else dict(_measured(spec, work, device))
+    if as_json:
+        rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
+        print_json({"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured})
+        return
+    if layers:
+        columns = ("params", "flops", "traffic", "state", "activations")
+        print_table(
+            "",
+            ("part", "what", *columns),
+            (
+                (path, _what(part), *(shown(key, figures(tally, work)[key]) for key in columns))
+                for path, part, tally in tallies
+            ),
+            right=range(2, 7),
+        )
+    title = f"{spec.name or name}: batch {work.batch}, {work.seq} tokens, decoding behind {work.past}, {work.dtype}"
+    rows = [(key, shown(key, value), f"{value:,.0f}") for key, value in total.items() if key in METRIC_DIMENSIONS]
+    print_table(title, ("counted", "", "exactly"), rows, right=(1, 2))
+    if measured:
+        from zoo.quantity import format_quantity
+
+        times = [
+            (phase, *(format_quantity(row[key], "time") for key in ("seconds", "low", "high")))
+            for phase, row in measured.items()
+        ]
+        print_table(f"measured on {device}", ("", "median", "5%", "95%"), times, right=(1, 2, 3))
+
+
+def _sum(tallies: Iterator[Tally]) -> Tally:
+    from zoo.metrics import Tally
+
+    return sum(tallies, Tally())
+
+
+def _fields(work: Workload) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(work)
+
+
+def _what(component: Component) -> str:
+    inside = [getattr(component, name, None) for name in ("mixer", "channel")]
+    named = [part.type for part in inside if part is not None]
+    return " + ".join(named) or component.type
+
+
+def print_kernels(device: str, dtype: str, as_json: bool) -> None:
+    """Print for each primitive which implementation serves on a device, and why the others do not."""
+    from zoo import kernels
+    from zoo.metrics import ALIASES
+
+    rows = kernels.explain(device, ALIASES.get(dtype, dtype))
+    if as_json:
+        print_json([row._asdict() for row in rows])
+        return
+    chosen: set[str] = set()
+    table = []
+    for row in rows:
+        serves = row.serves
+        verdict = "runs" if serves and row.primitive not in chosen else "could serve" if serves else row.reason
+        chosen |= {row.primitive} if serves else set()
+        table.append((row.primitive, row.implementation, str(verdict)))
+    print_table(f"{device}, {dtype}", ("primitive", "implementation", "verdict"), table)
+
+
+def _measured(spec: Spec, work: Workload, device: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Timings of a forward pass and, for language models, of one decoding step."""
+    from zoo.blocks.model import Spec
+    from zoo.device import resolve_device
+    from zoo.latency import Context, MeasuredLatency
+    from zoo.metrics import ALIASES
+    from zoo.model import build
+    from zoo.spec.document import spec_hash
+
+    source = MeasuredLatency[Spec](resolve_device(device), build, spec_hash)
+    assert work.seq is not None and work.past is not None
+    context = Context(work.batch, work.seq, work.past, ALIASES.get(work.dtype, work.dtype))
+    phases = ("forward", "decode") if getattr(spec.head, "kind", "") == "language_model" else ("forward",)
+    for phase in phases:
+        figure = source.latency(spec, context, phase)
+        yield phase, {"seconds": figure.seconds, "low": figure.low, "high": figure.high}

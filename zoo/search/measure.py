@@ -1,0 +1,201 @@
+"""Figures of candidates before they are trained: counted from tables, or measured on a device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from zoo.latency import Context, LatencySource
+from zoo.metrics import Workload, metrics
+from zoo.search.budget import Budget, Term, TermContext
+from zoo.search.objective import Objective
+from zoo.search.trial import Point
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
+    from zoo.search.repair import Repair
+    from zoo.search.space import Space
+    from zoo.search.table import CostTable
+
+SHRINKS = 4
+"""How often a candidate that measures too slow is made smaller before it is dropped."""
+MARGIN = 0.97
+"""Aim of a shrunk candidate as a share of the budget."""
+
+
+def workload(term: Term) -> Workload:
+    """The work under which a term's figure is counted."""
+    context = term.context
+    return Workload(context.batch or 1, context.seq, context.past, context.dtype or "float32")
+
+
+def latency_context(term: Term, spec: Spec) -> Context:
+    """The work under which a term's figure is measured; lengths that it leaves open are the model's context."""
+    context = term.context
+    return Context(
+        batch=context.batch or 1,
+        seq=spec.context if context.seq is None else context.seq,
+        past=spec.context if context.past is None else context.past,
+        dtype=context.dtype or "float32",
+    )
+
+
+def label(term: Term) -> str:
+    """What the figure of a term is called among a trial's metrics: its metric, device and circumstances."""
+    return f"{term.metric}{'@' if term.device else ''}{term.device or ''}{term.context}"
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A point that meets the whole budget, or why none near it does; `tried` are the points that did not."""
+
+    point: Point
+    spec: Any
+    measured: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    tried: list[Point] = field(default_factory=list)
+
+
+class Meter:
+    """Counts and measures candidates of a space under the terms of a budget and the objectives.
+
+    sources: whatever tells latencies, by device. device: where terms that name none are measured.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        budget: Budget,
+        objectives: Sequence[Objective],
+        sources: Callable[[str], LatencySource],
+        device: str = "cpu",
+    ) -> None:
+        from zoo.search.table import CostTable
+
+        self.space = space
+        self.budget = budget
+        self.device = device
+        self._sources = sources
+        wanted = [*budget.terms, *(objective.term for objective in objectives if objective.term is not None)]
+        self.measured = _unique(term for term in wanted if term.needs_measurement)
+        self.counted = _unique(term for term in wanted if not term.needs_measurement)
+        shrinking = [self.proxy(term, 1.0) for term in budget.terms if term.needs_measurement]
+        works = dict.fromkeys([Workload(), *map(workload, [*self.counted, *shrinking])])
+        self.tables: Mapping[Workload, CostTable] = {work: CostTable(space, work) for work in works}
+
+    def figures(self, point: Point) -> dict[str, float]:
+        """Everything that is counted: all metrics under the default work, and those that terms ask for elsewhere."""
+        found = dict(self.tables[Workload()].figures(point) or {})
+        for term in self.counted:
+            name = label(term)
+            if name not in found:
+                counted = self.tables[workload(term)].figures(point)
+                assert counted is not None
+                found[name] = counted[term.metric]
+        return found
+
+    def feasible(self, point: Point) -> bool:
+        """Whether a point is a valid model that meets every term that can be counted."""
+        for work in dict.fromkeys([Workload(), *map(workload, self._counted_budget())]):
+            figures = self.tables[work].figures(point)
+            if figures is None:
+                return False
+            if any(term.violation(figures[term.metric]) for term in self._counted_budget() if workload(term) == work):
+                return False
+        return True
+
+    def slack(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """How far each term of the budget is from its bound, as a share of it."""
+        return {str(term): term.slack(figures[label(term)]) for term in self.budget.terms}
+
+    def latency(self, spec: Spec, term: Term) -> float:
+        """Seconds that a term speaks of, for a spec."""
+        source = self._sources(term.device or self.device)
+        phase = "decode" if term.metric == "decode" else "forward"
+        quantile = 0.5 if term.context.quantile is None else term.context.quantile
+        return source.latency(spec, latency_context(term, spec), phase, quantile).seconds
+
+    def fit(
+        self,
+        point: Point,
+        spec: Spec,
+        rng: random.Random,
+        usable: Callable[[Point], bool],
+        measuring: Callable[[Point], None] = lambda point: None,
+    ) -> Fitted:
+        """Measure a point that meets what can be counted; while it is too slow, shrink it and measure again.
+
+        `usable` says whether a smaller point may be taken. Work is cut by what the measured excess asks for.
+        """
+        tried: list[Point] = []
+        slowest = ""
+        bounds: dict[tuple[str, Workload], Term] = {}
+        while True:
+            if self.measured:
+                measuring(point)
+            measured = {label(term): self.latency(spec, term) for term in self.measured}
+            over = [
+                (term, measured[label(term)])
+                for term in self.budget.terms
+                if term.needs_measurement and measured[label(term)] > term.high
+            ]
+            under = [term for term in self.budget.terms if term.needs_measurement and not over]
+            missed = next((term for term in under if term.violation(measured[label(term)])), None)
+            if not over and missed is None:
+                return Fitted(point, spec, measured, tried=tried)
+            tried.append(point)
+            if missed is not None:
+                return Fitted(point, spec, measured, f"measured outside {missed.describe()}", tried[:-1])
+            term, seconds = max(over, key=lambda found: found[1] / found[0].high)
+            slowest = slowest or f"measured {seconds * 1e3:.3g}ms where {term.describe()}"
+            for late, took in over:
+                proxy = self.proxy(late, 1.0)
+                work = workload(proxy)
+                now = (self.tables[work].figures(point) or {})[proxy.metric]
+                bounds[proxy.metric, work] = self.proxy(late, now * late.high / took * MARGIN)
+            smaller = None
+            if len(tried) <= SHRINKS:
+                smaller = self._repair(bounds.values())(point, rng)
+            if smaller is None or not usable(smaller):
+                return Fitted(tried[0], self.space.spec_at(tried[0]), {}, slowest, tried[1:])
+            point = smaller
+            spec = self.space.spec_at(point)
+
+    def proxy(self, term: Term, high: float) -> Term:
+        """A bound on the counted work behind a latency."""
+        context = term.context
+        if term.metric == "decode":
+            return Term("decode_flops", high=high, context=TermContext(batch=context.batch, past=context.past))
+        return Term("flops", high=high, context=TermContext(batch=context.batch, seq=context.seq))
+
+    def _repair(self, extra: Iterable[Term]) -> Repair:
+        from zoo.search.repair import Repair
+
+        return Repair(self.space, self.tables, Budget((*self._counted_budget(), *extra)))
+
+    def _counted_budget(self) -> tuple[Term, ...]:
+        return tuple(term for term in self.budget.terms if not term.needs_measurement)
+
+
+def resolved(budget: Budget, sources: Callable[[str], LatencySource], device: str = "cpu") -> Budget:
+    """The budget with `60% of NAME` put into numbers: counted, or measured where it is a latency."""
+
+    def lookup(name: str, term: Term) -> float:
+        from zoo.spec.document import load
+
+        spec = load(name)
+        if term.needs_measurement:
+            source = sources(term.device or device)
+            phase = "decode" if term.metric == "decode" else "forward"
+            quantile = 0.5 if term.context.quantile is None else term.context.quantile
+            return source.latency(spec, latency_context(term, spec), phase, quantile).seconds
+        return float(metrics(spec, workload(term))[term.metric])
+
+    return budget.resolve(lookup)
+
+
+def _unique(terms: Iterable[Term]) -> tuple[Term, ...]:
+    """One term for each figure, whatever its bounds."""
+    return tuple({label(term): replace(term, low=0.0, high=float("inf")) for term in terms}.values())
