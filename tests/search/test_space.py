@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from search import spaces
+import spaces
 from zoo.errors import SpecError, ZooError
 from zoo.search.space import Space
 from zoo.spec.document import spec_hash

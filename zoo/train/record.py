@@ -62,7 +62,7 @@ def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
         # A process that was killed may have left half a row at the end.
         rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and None not in row.values()]
     return [
-        {name: row[name] for name in COLUMNS} for row in rows if set(row) == set(COLUMNS) and True
+        {name: row[name] for name in COLUMNS} for row in rows if set(row) == set(COLUMNS) and int(row["step"]) <= step
     ]
 
 
