@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import Mamba2Config
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, mamba2_chunk_scan
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, mamba2_chunk_scan
 
 from zoo import kernels
 
 LENGTH, WIDTH, HEAD_DIM, STATE_DIM = 2048, 512, 64, 64
-MINIMUM_REPEATS = 3
+SLOW_MS = 5e3
 
 Run = Callable[[], Tensor]
 
@@ -181,8 +181,8 @@ def compare(contest: Contest, baseline: Run, backward: bool, repeats: int) -> li
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
         for name, run in runs.items():
-            # What takes a second needs no more than a few turns.
-            if warm[name] < 1e3 or turn < MINIMUM_REPEATS:
+            # What takes seconds needs no more than a turn or two.
+            if turn < max(1, min(repeats, SLOW_MS / warm[name])):
                 times[name].append(timed(run, contest.inputs, backward))
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = medians.pop("ours")
@@ -224,6 +224,7 @@ def main() -> None:
     q, k, v = (torch.randn(1, LENGTH, WIDTH // HEAD_DIM, HEAD_DIM, requires_grad=True) for _ in range(3))
     results: list[Comparison] = []
     for make in (linear_attention, ssd, mamba2_mixer, selective_scan, window):
+        print(make)
         contest = make()
         check(contest)
         for backward in (False, True):

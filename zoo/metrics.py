@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
 from zoo.cost import Call
 from zoo.errors import ZooError, did_you_mean
+from zoo.registry import Role
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
@@ -60,10 +61,11 @@ class Workload:
 class Tally:
     """What a part of a model holds and takes under one workload; tallies of parts that follow each other add up.
 
-    Parameters are counted, `weights` and everything below `flops` is in FLOPs or bytes as in `zoo.cost.Cost`. `state`
+    `depth` counts layers, parameters are counted, `weights` and everything below `flops` is in FLOPs or bytes as in `zoo.cost.Cost`. `state`
     is the state of the whole batch behind the last token, `state_token` what one more token of one sequence adds.
     """
 
+    depth: int = 0
     params: int = 0
     active_params: float = 0
     embedding_params: int = 0
@@ -101,6 +103,7 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
     cost = component.cost(scope, tokens)
     step = component.cost(scope, token)
     return Tally(
+        depth=int(component.role is Role.LAYER),
         params=params,
         active_params=float(active),
         embedding_params=embedding,
@@ -117,25 +120,43 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
     )
 
 
-def parts(spec: Spec, work: Workload) -> Iterator[tuple[str, Component, Tally]]:
-    """The parts of a filled spec in order, with module paths: the stem, every layer, what stands between, the head."""
+class Place(NamedTuple):
+    """A part of a filled spec: its module path, its scope, and the calls that it gets in a forward pass and decoding."""
+
+    path: str
+    component: Component
+    scope: Scope
+    tokens: Call
+    token: Call
+
+    def tally(self, work: Workload) -> Tally:
+        return tally(self.component, self.scope, work, self.tokens, self.token)
+
+
+def places(spec: Spec, work: Workload) -> Iterator[Place]:
+    """The parts of a filled spec in order: the stem, every layer, what stands between, the head."""
     scope = spec.root()
     stem = spec.stem.out(scope)
     work = work.at(spec.context)
     tokens = work.forward().with_tokens(stem.tokens) if len(stem.grid) > 1 else work.forward()
-    yield from _parts(Child(spec, scope), "", stem, work, tokens, work.decode())
+    yield from _places(Child(spec, scope), "", stem, tokens, work.decode())
 
 
-def _parts(
-    child: Child, path: str, start: Scope, work: Workload, tokens: Call, token: Call
-) -> Iterator[tuple[str, Component, Tally]]:
+def _places(child: Child, path: str, start: Scope, tokens: Call, token: Call) -> Iterator[Place]:
     component, scope = child
     if not component.transparent:
         resized = component.resized(tokens, start, scope) if path != "stem" else tokens
-        yield path, component, tally(component, scope, work, resized, token)
+        yield Place(path, component, scope, resized, token)
         return
     for name, inside in component.children(scope).items():
-        yield from _parts(inside, f"{path}.{name}" if path else name, start, work, tokens, token)
+        yield from _places(inside, f"{path}.{name}" if path else name, start, tokens, token)
+
+
+def parts(spec: Spec, work: Workload) -> Iterator[tuple[str, Component, Tally]]:
+    """The parts of a filled spec in order, with module paths and tallies."""
+    work = work.at(spec.context)
+    for place in places(spec, work):
+        yield place.path, place.component, place.tally(work)
 
 
 def total(spec: Spec, work: Workload | None = None) -> Tally:
@@ -153,6 +174,7 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
     found = sum_of_parts
     weights = found.params * work.element_bytes
     return {
+        "depth": found.depth,
         "params": found.params,
         "active_params": round(found.active_params),
         "embedding_params": found.embedding_params,

@@ -24,7 +24,8 @@ from zoo.cost import Call
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 32, 4, 2, 12, 5
 USUAL: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "attn_implementation": "eager"}
-GROUPED = USUAL | {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+GROUPED: dict[str, Any] = USUAL | {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+WIDE: dict[str, Any] = GROUPED | {"head_dim": 16}
 
 
 def mask(tokens: int, window: int | None) -> Tensor:
@@ -45,9 +46,7 @@ def llama() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-    config = LlamaConfig(
-        **GROUPED,
-    )
+    config = LlamaConfig(**GROUPED)
     theirs = LlamaAttention(config, layer_idx=0)
     perturb(theirs)
     ours = Attention(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
@@ -82,10 +81,7 @@ def qwen3() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-    config = Qwen3Config(
-        **GROUPED,
-        rms_norm_eps=1e-5,
-    )
+    config = Qwen3Config(**GROUPED, rms_norm_eps=1e-5)
     theirs = Qwen3Attention(config, layer_idx=0)
     perturb(theirs)
     ours = Attention(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=RMSNorm())
@@ -97,7 +93,7 @@ def qwen3_next() -> tuple[Any, Any, Attention, dict[str, Tensor]]:
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
 
     config = Qwen3NextConfig(
-        **GROUPED | {"head_dim": 16},
+        **WIDE,
         rms_norm_eps=1e-5,
         attention_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
@@ -227,16 +223,15 @@ def test_is_the_formula(
 
 
 @given(
+    kv_heads=st.sampled_from([2, 4]),
     window=st.none() | st.integers(1, 9),
-    position=st.sampled_from(["rotary", "alibi", "none", "learned"]),
     softcap=st.sampled_from([None, 2.0]),
+    position=st.sampled_from(["rotary", "alibi", "none", "learned"]),
     pieces=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     gradients=st.booleans(),
 )
-def test_pieces_equal_the_whole(
-    window: int | None, position: str, softcap: float | None, pieces: list[int], gradients: bool
-) -> None:
-    mixer = {"type": "attention", "heads": 4, "kv_heads": 2, "head_dim": 4, "window": window, "softcap": softcap}
+def test_pieces_equal_the_whole(position: str, pieces: list[int], gradients: bool, **settings: Any) -> None:
+    mixer = {"type": "attention", "heads": 4, "head_dim": 4, **settings}
     ours = model(mixer, context=40, position=position)
     inputs = words(2, sum(pieces))
     with torch.set_grad_enabled(gradients):

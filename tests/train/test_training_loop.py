@@ -265,6 +265,23 @@ def test_training_learns_and_the_metrics_agree_with_evaluate(tmp_path: Path) -> 
     assert 0 <= evaluate(model, chosen, samples=10)["accuracy"] <= 1
 
 
+class _Caching(TinyClassifier):
+    """Keeps a table from its first forward pass, as models do with rotary angles."""
+
+    table: torch.Tensor | None = None
+
+    def forward(self, inputs, labels=None) -> Output:  # noqa: ARG002
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.5, 64)
+        return Output(self.layer(inputs.flatten(1) * self.table))
+
+
+def test_a_table_cached_in_evaluation_serves_training(tmp_path: Path) -> None:
+    model, chosen = _Caching(), settings(data="digits", steps=2)
+    evaluate(model, chosen, samples=8)
+    assert fit(model, chosen, tmp_path).steps == 2
+
+
 def test_bits_per_byte_of_a_uniform_guess_is_eight(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"some text. " * 100)
     model = TinyLanguageModel()

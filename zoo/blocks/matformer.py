@@ -181,10 +181,9 @@ def set_granularity(model: torch.nn.Module, granularity: int | Sequence[int | No
     choice back: drawn in training, what the spec says in evaluation. Raises `ZooError` for an index or a number of
     layers that is not there.
     """
-    found = [module for module in model.modules() if isinstance(getattr(module, "component", None), MatFormer)]
-    choices = _for_each(granularity, [module.component for module in found])  # type: ignore[misc]
-    for module, choice in zip(found, choices):
-        module.granularity = choice  # type: ignore[assignment]
+    found: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "component", None), MatFormer)]
+    for module, choice in zip(found, _for_each(granularity, [module.component for module in found])):
+        module.granularity = choice
 
 
 def extract(
@@ -193,9 +192,9 @@ def extract(
     """The network that a model runs at this granularity: a spec without `matformer`, and the weights.
 
     `tensors` is the state dictionary of a model of `spec`. `granularity` is an index for all layers or one for each, in
-    their order, whether they were ever trained together or not (Mix'n'Match); None stands for `active`. Each `matformer` becomes a `glu` or
-    `mlp` with copies of the first rows of its matrices; all else stays as it is, but for published figures, which no
-    longer hold. Raises `ZooError` for an index or a number of layers that is not there.
+    their order, whether they were ever trained together or not (Mix'n'Match); None stands for `active`. Each
+    `matformer` becomes a `glu` or `mlp` with copies of the first rows of its matrices; all else stays as it is, but for
+    published figures, which no longer hold. Raises `ZooError` for an index or a number of layers that is not there.
     """
     spec = spec.fill()
     found = [(path, part) for path, part, _ in spec.walk(spec.root()) if isinstance(part, MatFormer)]

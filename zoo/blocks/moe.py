@@ -151,37 +151,39 @@ class MixtureOfExperts(FeedForward):
             ctx.add_loss("router_z", self.z_loss * logits.to(probabilities.dtype).logsumexp(dim=-1).square().mean())
         if self.renormalize:
             weights = normalized(weights)
-        weights = (weights * self.scale).to(x.dtype)
         run = self._limited if module.training and self.capacity is not None else self._all
-        y = (run(module, rows, chosen) * weights[..., None]).sum(dim=1).view_as(x)
+        found, where, kept = run(module, rows, chosen)
+        weights = weights * self.scale if kept is None else weights * self.scale * kept
+        y = summed(found, where, weights.to(found.dtype)).view_as(x)
         return (y + module.shared(x, ctx, None)[0] if self.shared else y), None
 
-    def _all(self, module: Any, x: Tensor, chosen: Tensor) -> Tensor:
-        """What its `chosen` experts `[rows, top_k]` make of each token `[rows, width]`: `[rows, top_k, width]`."""
+    def _all(self, module: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What its `chosen` experts `[rows, top_k]` make of each token of `x` `[rows, width]`.
+
+        Returns the experts' outputs `[pairs, width]` in their own order, where those of each token are among them
+        `[rows, top_k]`, and which of these are kept, None for all.
+        """
         order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
 
         def times(rows: Tensor, weight: Tensor) -> Tensor:
             return kernels.grouped_matmul(rows, weight, offsets)
 
-        y = self._experts(module, x[order // self.top_k], times)
-        return y[inverse(order)].view(*chosen.shape, -1)
+        y = self._experts(module, taken(x, order // self.top_k), times)
+        return y, inverse(order).view_as(chosen), None
 
-    def _limited(self, module: Any, x: Tensor, chosen: Tensor) -> Tensor:
-        """The same with zeros for what is beyond an expert's capacity; each expert has as many rows as that."""
+    def _limited(self, module: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same within the experts' capacity: each has as many rows as that, whether they are needed or not."""
         import torch
 
         assert self.capacity is not None
         pairs = chosen.numel()
         places = min(x.shape[0], math.ceil(self.capacity * pairs / self.experts))
-        groups = chosen.flatten()
-        order, offsets = kernels.sort_by_group(groups, self.experts)
+        order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
         filled = offsets[:-1, None] + torch.arange(places, device=x.device)
         token = order[filled.clamp(max=pairs - 1)] // self.top_k
-        y = self._experts(module, x[token], lambda rows, weight: rows @ weight.transpose(1, 2))
-        place = inverse(order) - offsets[groups]
-        kept = place < places
-        y = y.flatten(0, 1)[groups * places + place.clamp(max=places - 1)]
-        return torch.where(kept[:, None], y, 0).view(*chosen.shape, -1)
+        y = self._experts(module, taken(x, token), lambda rows, weight: rows @ weight.transpose(1, 2))
+        place = inverse(order).view_as(chosen) - offsets[chosen]
+        return y.flatten(0, 1), chosen * places + place.clamp(max=places - 1), place < places
 
     def _experts(self, module: Any, x: Tensor, times: Any) -> Tensor:
         """The experts' networks, given how rows are multiplied by their expert's weight."""
@@ -221,3 +223,17 @@ def inverse(order: Tensor) -> Tensor:
     import torch
 
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `x` `[rows, width]` by index, as an embedding's look-up: its gradient is summed in a fixed order."""
+    import torch.nn.functional as F
+
+    return F.embedding(rows, x)
+
+
+def summed(x: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """For each line of `rows` `[lines, count]` the (weighted) sum of these rows of `x`, `[lines, width]`."""
+    import torch.nn.functional as F
+
+    return F.embedding_bag(rows, x, mode="sum", per_sample_weights=weights)

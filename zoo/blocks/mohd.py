@@ -12,7 +12,7 @@ from pydantic import Field
 
 from zoo import kernels
 from zoo.blocks.mlp import FeedForward
-from zoo.blocks.moe import Coefficient, Scores, imbalance, inverse, normalized, scored
+from zoo.blocks.moe import Coefficient, Scores, imbalance, inverse, normalized, scored, summed, taken
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost, elementwise
@@ -182,23 +182,22 @@ class MixtureOfHiddenDimensions(FeedForward):
 
         routed = self.routed.size
         order, offsets = kernels.sort_by_group(chosen.flatten(), routed)
-        back = inverse(order)
+        back = inverse(order).view_as(chosen)
         subdim = rows.shape[-1] // self.subdims
         common, special = (rows * self.scale).split([self.shared * subdim, routed * subdim], dim=-1)
         picks = chosen[..., None].expand(-1, -1, subdim)
         picked = special.unflatten(-1, (routed, subdim)).gather(1, picks) * weights[..., None].to(x.dtype)
-        picked = picked.flatten(0, 1)[order]
+        picked = taken(picked.flatten(0, 1), order)
 
         def widened(name: str) -> Tensor:
             """The sum over a token's active sub-dimensions, `[rows, hidden]`."""
-            blocks = kernels.grouped_matmul(picked, getattr(module, name), offsets)[back]
-            h = blocks.unflatten(0, chosen.shape).sum(dim=1)
+            h = summed(kernels.grouped_matmul(picked, getattr(module, name), offsets), back)
             return h + getattr(module, f"shared_{name}")(common) if self.shared else h
 
         h = module.activation(widened("gate")) * widened("up") if self.gated else module.activation(widened("up"))
-        blocks = kernels.grouped_matmul(h[order // self.top_k], module.down, offsets)[back]
+        blocks = kernels.grouped_matmul(taken(h, order // self.top_k), module.down, offsets)
         y = torch.zeros_like(special).unflatten(-1, (routed, subdim))
-        y = y.scatter(1, picks, blocks.unflatten(0, chosen.shape)).flatten(1)
+        y = y.scatter(1, picks, taken(blocks, back)).flatten(1)
         if self.shared:
             y = torch.cat([module.shared_down(h), y], dim=-1)
         if self.fusion:

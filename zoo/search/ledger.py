@@ -292,6 +292,7 @@ def frozen_trial(
         "status": trial.status,
         "spec": trial.spec,
         "hash": trial.spec_hash,
+        "shape": trial.shape,
         "metrics": trial.metrics,
         "seconds": {name: round(seconds, 6) for name, seconds in trial.seconds.items()},
     }
@@ -405,6 +406,7 @@ def _thawed(frozen: FrozenTrial, place: str) -> Trial:
             status=record["status"],
             spec=record["spec"],
             spec_hash=record["hash"],
+            shape=record["shape"],
             values=tuple(frozen.values or ()) if record["status"] == "complete" else (),
             metrics=record["metrics"],
             slack=record.get("slack", {}),

@@ -24,6 +24,8 @@ from zoo.spec.tree import Tree
 Value = None | bool | int | float | str
 Point = dict[str, Value]
 """Values of all active decisions, by name."""
+Setting = tuple[tuple[int, Value], ...]
+"""What a unit's own decisions are: indices of those that are active, in the order in which they are met, and values."""
 
 UNITS = "layers"
 """The field whose items are units."""
@@ -166,6 +168,43 @@ class Unit:
     part: Part
     where: tuple[str | int, ...]
     decisions: tuple[Decision, ...]
+    block: Block
+
+    def settings(self, program: Program, point: Mapping[str, Value]) -> Setting:
+        """Its own active decisions at a point, as indices into `decisions` with values."""
+        walk = Walk(program, lambda decision: point[decision.name])
+        walk.block(self.block)
+        return self._own(walk.point)
+
+    def _own(self, point: Point) -> Setting:
+        index = {decision.name: number for number, decision in enumerate(self.decisions)}
+        return tuple((index[name], value) for name, value in point.items() if name in index)
+
+    def every(self, program: Program, point: Mapping[str, Value]) -> Iterator[Setting]:
+        """All settings that it can have beside what a point says of shared decisions, by an odometer over its values."""
+        own = {decision.name for decision in self.decisions}
+        dials: list[int] = []
+        while True:
+            sizes: list[int] = []
+
+            def choose(decision: Decision) -> Value:
+                if decision.name not in own:
+                    return point[decision.name] if decision.name in point else decision.first
+                values = decision.values()
+                if len(sizes) == len(dials):
+                    dials.append(0)
+                sizes.append(len(values))
+                return values[dials[len(sizes) - 1]]
+
+            walk = Walk(program, choose)
+            walk.block(self.block)
+            yield self._own(walk.point)
+            del dials[len(sizes) :]
+            while dials and dials[-1] + 1 == sizes[len(dials) - 1]:
+                dials.pop()
+            if not dials:
+                return
+            dials[-1] += 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -419,7 +458,7 @@ class _Compiler:
                 block = self.block(item.part, name, place)
                 self.own = None
                 assert place is not None
-                unit = Unit(name, item.part, place, tuple(own))
+                unit = Unit(name, item.part, place, tuple(own), block)
                 self.units.append(unit)
             else:
                 unit, block = None, self.block(item.part, name, place)

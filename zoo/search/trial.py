@@ -29,6 +29,8 @@ class Trial:
     status: Status
     spec: Any
     spec_hash: str
+    shape: dict[str, Any]
+    """What `zoo.search.architecture.architecture` says of it."""
     values: tuple[float, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     slack: dict[str, float] = field(default_factory=dict)

@@ -473,7 +473,7 @@ def _trainer(settings: TrainSettings, device: torch.device, **arguments: Any) ->
         # Naming the environment keeps Lightning from looking for a cluster's.
         plugins=[LightningEnvironment()],
         # Tables that a model caches while it is evaluated must serve its training too.
-        inference_mode=True,
+        inference_mode=False,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,

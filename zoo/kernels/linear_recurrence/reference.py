@@ -32,8 +32,8 @@ def recurrence(
         decay = decay.masked_fill(starts(segments)[..., None], 0)
 
     outputs = [v.new_empty(batch, 0, heads, value_dim, dtype=dtype)]
-    for t in range(tokens):
-        S = decay[:, t, :, None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :].to(dtype)
-        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S)[:, None])
+    for q_t, k_t, v_t, decay_t in zip(*(x.unbind(1) for x in (q, k, v.to(dtype), decay)), strict=True):
+        S = decay_t[:, :, None, None] * S + k_t[:, :, :, None] * v_t[:, :, None, :]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, S)[:, None])
     out = torch.cat(outputs, 1)
     return (out if scale is None else out * scale).to(v.dtype), S

@@ -10,13 +10,13 @@ from torch import Tensor
 def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     h = state
     outputs = [x.new_empty(batch, 0, channels)]
-    for t in range(tokens):
+    for t, (x_t, delta_t, B_t, C_t) in enumerate(zip(*(each.unbind(1) for each in (x, delta, B, C)), strict=True)):
         if starts is not None:
             h = h.masked_fill(starts[:, t, None, None], 0)
-        step = delta[:, t, :, None]
-        h = torch.exp(step * A) * h + step * B[:, t, None, :] * x[:, t, :, None]
-        outputs.append((h * C[:, t, None, :]).sum(-1)[:, None])
+        step = delta_t[:, :, None]
+        h = torch.exp(step * A) * h + step * B_t[:, None, :] * x_t[:, :, None]
+        outputs.append((h * C_t[:, None, :]).sum(-1)[:, None])
     return torch.cat(outputs, 1), h

@@ -54,8 +54,7 @@ class _Stream(IterableDataset):
 
 
 def _loader(batches: Callable[[], Iterator[Batch]]) -> DataLoader:
-    # The generator keeps the loader from drawing its seed from the one that the model's dropout uses.
-    return DataLoader(_Stream(batches), batch_size=None, generator=torch.Generator())
+    return DataLoader(_Stream(batches), batch_size=None)
 
 
 def _numbers(first: int, end: int | None) -> Iterator[int]:

@@ -1,0 +1,542 @@
+"""The search: propose, repair, measure, evaluate, record, until there is nothing left to do.
+
+Proposal `n` depends on the seed and the finished trials before it only, and a trial is recorded whole when its
+candidate is done with. So the same command goes on where a search was cut, wherever that was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.device import device_name, resolve_device
+from zoo.errors import SpecError, ZooError
+from zoo.latency import LatencySource, MeasuredLatency
+from zoo.search.architecture import architecture
+from zoo.search.budget import Budget
+from zoo.search.evaluate import Evaluation, EvaluationError, Evaluator, TrainEvaluator
+from zoo.search.measure import Fitted, Meter, label, resolved
+from zoo.search.objective import Objective, parse_objectives
+from zoo.search.results import Results, Writer, facts_of
+from zoo.search.sampler import (
+    Evolution,
+    OptunaProposer,
+    Proposer,
+    RandomDraws,
+    Twin,
+    check_names,
+    generator,
+    optuna_pruner,
+    optuna_sampler,
+)
+from zoo.search.trial import Archive, Point, Trial
+from zoo.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from zoo.search.repair import Repair
+    from zoo.search.space import Space
+
+ATTEMPTS = 256
+"""Proposals of a stream for one trial before the space is swept for what is left."""
+SWEEP = 50_000
+"""Largest number of combinations that a sweep goes through."""
+DROPPED_IN_A_ROW = 25
+FAILED_AT_FIRST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What a search is.
+
+    space: a file, a shipped name, or the space itself. trials: candidates to train in all, those of earlier sessions
+    included. storage: an Optuna storage URL in place of a journal in `out`. fresh: replace a search that is there.
+    timeout: seconds after which this session starts no further candidate. device: where latencies that name no device
+    are measured. train: how candidates are trained; needed unless an evaluator is given. command: as the report shows
+    it.
+    """
+
+    space: str | Path | Space
+    budget: str | Budget = ""
+    trials: int = 40
+    objective: str = "loss"
+    sampler: str = "evolution"
+    pruner: str = "none"
+    storage: str | None = None
+    seed: int = 0
+    out: Path = Path("runs/search")
+    fresh: bool = False
+    timeout: float | None = None
+    device: str = "cpu"
+    train: TrainSettings | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a listener is told before the first candidate."""
+
+    space: str
+    budget: Budget
+    objectives: tuple[Objective, ...]
+    trials: int
+    done: Sequence[Trial]
+    folder: Path
+
+
+class SearchListener:
+    """Is told what a search does; this one does nothing with it. `zoo.search.live.LiveProgress` shows it."""
+
+    def started(self, start: Start) -> None:
+        """Before the first candidate of this session."""
+
+    def candidate(self, number: int, phase: str, shape: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """A candidate is now measured or trained (`phase`)."""
+
+    def training(self, progress: Any, /) -> None:
+        """Progress of the training in hand, a `zoo.train.progress.Progress`."""
+
+    def finished(self, trial: Trial, front: Sequence[Trial]) -> None:
+        """A trial was recorded; `front` are the best so far."""
+
+    def ended(self, results: Results) -> None:
+        """No further candidate in this session; also after Ctrl-C."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    number: int
+    point: Point
+    key: str
+    spec: Any
+    spec_hash: str
+    baseline: str | None = None
+    adjusted: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_search(
+    settings: SearchSettings,
+    *,
+    evaluator: Evaluator | None = None,
+    progress: SearchListener | None = None,
+    latency: Callable[[str], LatencySource] | None = None,
+) -> Results:
+    """Search until `trials` candidates are trained, the space is exhausted, or Ctrl-C; then say what was found.
+
+    `latency` tells who knows the latencies of a device; by default they are measured. Raises `ZooError` for settings
+    that do not fit each other, a budget that nothing meets, and a run folder of another search; once the first
+    candidate is on its way, nothing that was found is lost, whatever happens.
+    """
+    return _Search(settings, evaluator, progress or SearchListener(), latency).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        settings: SearchSettings,
+        evaluator: Evaluator | None,
+        listener: SearchListener,
+        latency: Callable[[str], LatencySource] | None,
+    ) -> None:
+        from zoo.search.repair import Repair
+        from zoo.search.space import load_space
+
+        if settings.trials < 1:
+            raise ZooError(f"a search needs at least one trial, found {settings.trials}")
+        self.settings = settings
+        self.listener = listener
+        self.began = time.monotonic()
+        self.space: Space = (
+            load_space(settings.space) if isinstance(settings.space, str | Path) else settings.space
+        )
+        self.space.validate()
+        given = Budget.parse(settings.budget) if isinstance(settings.budget, str) else settings.budget
+        sources = latency or _Measured()
+        device_name(settings.device)
+        budget = resolved(given, sources, settings.device)
+        self.objectives = parse_objectives(settings.objective, budget)
+        check_names(settings.sampler, settings.pruner, self.objectives)
+        self.meter = Meter(self.space, budget, self.objectives, sources, settings.device)
+        counted = Budget(tuple(term for term in budget.terms if not term.needs_measurement))
+        self.repair: Repair = Repair(self.space, self.meter.tables, counted)
+        if (reason := self.repair.infeasible()) is not None:
+            raise ZooError(reason)
+        self.evaluator = evaluator or self._train_evaluator()
+        self._check_objectives()
+        self._open(given)
+
+    def _train_evaluator(self) -> Evaluator:
+        if self.settings.train is None:
+            raise ZooError("a search needs to know on which data candidates are trained; give --data")
+        evaluator = TrainEvaluator(self.settings.train, self.settings.out / "candidates", self.listener.training)
+        point = self.repair(self.space.sample(random.Random(0)), random.Random(0))
+        if point is not None:
+            evaluator.check(self.space.spec_at(point))
+        return evaluator
+
+    def _check_objectives(self) -> None:
+        known = self.evaluator.metrics()
+        for objective in self.objectives:
+            if objective.trained and objective.name not in known:
+                raise ZooError(f"objective {objective.name!r} is not known for this data; it has {', '.join(known)}")
+
+    def _open(self, given: Budget) -> None:
+        from zoo.search.ledger import Codec, Ledger, remove
+
+        settings = self.settings
+        if settings.fresh:
+            remove(settings.out, settings.storage)
+            _clear(settings.out)
+        identity = {
+            "space": self.space.hash,
+            "budget": str(given),
+            "objective": ",".join(objective.name for objective in self.objectives),
+            "sampler": settings.sampler,
+            "pruner": settings.pruner,
+            "seed": settings.seed,
+            **{f"train.{name}": value for name, value in self.evaluator.identity().items()},
+        }
+        if self.meter.measured:
+            devices = sorted({term.device or settings.device for term in self.meter.measured})
+            identity["latency device"] = ", ".join(str(resolve_device(name)) for name in devices)
+        about = facts_of(
+            command=settings.command,
+            space=self.space,
+            budget=self.meter.budget,
+            objectives=self.objectives,
+            identity=identity,
+            trials=settings.trials,
+        )
+        self.ledger = Ledger.open(
+            settings.out, storage=settings.storage, objectives=self.objectives, identity=identity, about=about
+        )
+        self.codec = Codec(self.space.decisions)
+        needs_twin = settings.pruner != "none" or settings.sampler not in ("evolution", "random")
+        make = None if settings.sampler in ("evolution", "random") else optuna_sampler(settings.sampler)
+        self.twin = (
+            Twin(self.objectives, make, optuna_pruner(settings.pruner), settings.seed) if needs_twin else None
+        )
+        self.proposer = self._proposer()
+        self.archive = Archive(self.objectives)
+        self.aliases: set[str] = set()
+        """Keys of points whose spec is that of another point."""
+        for trial, frozen in zip(self.ledger.trials, self.ledger.frozen, strict=True):
+            self._take_in(trial, frozen)
+        self.writer = Writer(settings.out, self.ledger.about, self.ledger.identity, self.objectives)
+        self.sweep: Iterator[Point] | None = None
+
+    def _proposer(self) -> Proposer:
+        settings = self.settings
+        if settings.sampler == "evolution":
+            return Evolution(self.space, self.objectives, settings.seed)
+        if settings.sampler == "random":
+            return RandomDraws(self.space, settings.seed)
+        assert self.twin is not None
+        return OptunaProposer(self.space, self.twin, self.codec, settings.seed)
+
+    def run(self) -> Results:
+        """The loop, and the results whatever ends it."""
+        stopped = "error"
+        baselines = self._baselines()
+        self.listener.started(
+            Start(
+                self.space.name or str(self.settings.space),
+                self.meter.budget,
+                self.objectives,
+                self.settings.trials,
+                tuple(self.ledger.trials),
+                self.settings.out,
+            )
+        )
+        try:
+            stopped = self._loop(baselines)
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        finally:
+            # What was found is written even if an error is on its way out, which must not be hidden by a second one.
+            try:
+                self.ledger.release()
+                results = self.writer.write(self.ledger.trials, stopped, self._seconds())
+            except Exception:
+                if stopped != "error":
+                    raise
+        self.listener.ended(results)
+        return results
+
+    def _loop(self, baselines: dict[str, tuple[str, Point, bool]]) -> str:
+        settings = self.settings
+        while True:
+            done = [trial for trial in self.ledger.trials if trial.trained]
+            others = self.ledger.claimed()
+            if len(done) + len(others) >= settings.trials:
+                return "finished"
+            if settings.timeout is not None and time.monotonic() - self.began >= settings.timeout:
+                return "timeout"
+            self._check_luck(done)
+            candidate = self._next(baselines, others)
+            if candidate is None:
+                return "exhausted"
+            self._handle(candidate)
+            self.writer.write_if_due(self.ledger.trials, self._seconds())
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def _check_luck(self, done: Sequence[Trial]) -> None:
+        """Stops a search in which everything breaks, or nothing is fast enough."""
+        if len(done) >= FAILED_AT_FIRST and all(trial.status == "failed" for trial in done):
+            raise ZooError(f"the first {len(done)} candidates all failed; the last one: {done[-1].reason}")
+        last = self.ledger.trials[-DROPPED_IN_A_ROW:]
+        if len(last) == DROPPED_IN_A_ROW and all(trial.status == "dropped" for trial in last):
+            raise ZooError(
+                f"the last {DROPPED_IN_A_ROW} candidates all measured outside the budget and could not be made to fit; "
+                f"the last one {last[-1].reason}. Loosen that term, or let the space go smaller"
+            )
+
+    # Proposing
+
+    def _baselines(self) -> dict[str, tuple[str, Point, bool]]:
+        """The homogeneous points as the budget allows them, by key: name, point, and whether it was changed for that."""
+        found: dict[str, tuple[str, Point, bool]] = {}
+        for index, (name, point) in enumerate(self.space.homogeneous().items()):
+            fitting = self.repair(point, generator(self.settings.seed, index, "baseline"))
+            if fitting is None:
+                continue
+            key = self.space.key(fitting)
+            changed = key != self.space.key(point)
+            found.setdefault(key, (name, fitting, changed))
+        return found
+
+    def _next(
+        self, baselines: Mapping[str, tuple[str, Point, bool]], others: Mapping[str, str]
+    ) -> _Candidate | None:
+        """A candidate that is new, feasible and claimed; None if there is none."""
+        number = len(self.ledger.trials)
+        seconds = {"propose": 0.0, "repair": 0.0, "spec": 0.0}
+        for key, (name, point, changed) in baselines.items():
+            candidate = self._claimed(number, key, point, others, seconds)
+            if candidate is not None:
+                candidate.baseline, candidate.adjusted = name, changed
+                return candidate
+        rng = generator(self.settings.seed, number, "repair")
+        stream = self.proposer.stream(number)
+        for _ in range(ATTEMPTS):
+            with _clock(seconds, "propose"):
+                proposed = next(stream)
+            with _clock(seconds, "repair"):
+                point = self.repair(proposed, rng)
+            if point is not None:
+                candidate = self._claimed(number, self.space.key(point), point, others, seconds)
+                if candidate is not None:
+                    return candidate
+        if self.sweep is None:
+            self.sweep = self._swept()
+        for point in self.sweep:
+            candidate = self._claimed(number, self.space.key(point), point, others, seconds)
+            if candidate is not None:
+                return candidate
+        return None
+
+    def _claimed(
+        self, number: int, key: str, point: Point, others: Mapping[str, str], seconds: dict[str, float]
+    ) -> _Candidate | None:
+        """The candidate of a point, unless it or its spec has been seen or is in other hands."""
+        if key in self.ledger.keys or key in self.aliases or key in others:
+            return None
+        with _clock(seconds, "spec"):
+            try:
+                spec = self.space.spec_at(point)
+            except SpecError:
+                self.aliases.add(key)
+                return None
+            identity = spec.hash
+        if identity in self.ledger.hashes:
+            self.aliases.add(key)
+            return None
+        if not self.ledger.claim(key):
+            return None
+        # Another process may have finished this one between the last look and the claim.
+        self._refresh()
+        if key in self.ledger.keys or identity in self.ledger.hashes:
+            self.ledger.release()
+            return None
+        return _Candidate(number, point, key, spec, identity, seconds=seconds)
+
+    def _swept(self) -> Iterator[Point]:
+        """All feasible points of a small space in order; nothing for a large one."""
+        decisions = self.space.decisions
+        counts = [decision.count for decision in decisions]
+        if any(count is None for count in counts) or math.prod(count or 1 for count in counts) > SWEEP:
+            return
+        seen: set[str] = set()
+        for values in itertools.product(*(decision.values() for decision in decisions)):
+            point = self.space.normalised({d.name: value for d, value in zip(decisions, values, strict=True)})
+            key = self.space.key(point)
+            if key not in seen:
+                seen.add(key)
+                if self.meter.feasible(point):
+                    yield point
+
+    # Working on one
+
+    def _handle(self, candidate: _Candidate) -> None:
+        """Measure, evaluate and record one candidate."""
+        rng = generator(self.settings.seed, candidate.number, "shrink")
+        shape: dict[str, Any] = {}
+
+        def measuring(point: Point) -> None:
+            self.listener.candidate(candidate.number, "measuring", shape, self.meter.figures(point))
+
+        def usable(point: Point) -> bool:
+            key = self.space.key(point)
+            taken = key in self.ledger.keys or key in self.aliases
+            return not taken and self.space.spec_at(point).hash not in self.ledger.hashes and self.ledger.claim(key)
+
+        shape |= architecture(candidate.spec)
+        with _clock(candidate.seconds, "measure"):
+            fitted = self.meter.fit(candidate.point, candidate.spec, rng, usable, measuring)
+        if fitted.point is not candidate.point:
+            candidate.point, candidate.spec = fitted.point, fitted.spec
+            candidate.key, candidate.spec_hash = self.space.key(fitted.point), fitted.spec.hash
+            candidate.adjusted = candidate.adjusted or candidate.baseline is not None
+        trial = self._started_trial(candidate, fitted)
+        if not fitted.reason:
+            self.listener.candidate(candidate.number, "training", trial.shape, trial.metrics)
+            with _clock(candidate.seconds, "train"):
+                trial = self._evaluated(candidate, trial)
+        self._record(trial)
+
+    def _started_trial(self, candidate: _Candidate, fitted: Fitted) -> Trial:
+        from zoo.spec.document import brief
+
+        metrics = {**self.meter.figures(fitted.point), **fitted.measured}
+        measured = all(label(term) in metrics for term in self.meter.budget.terms)
+        return Trial(
+            number=candidate.number,
+            key=candidate.key,
+            point=candidate.point,
+            status="dropped",
+            spec=brief(candidate.spec),
+            spec_hash=candidate.spec_hash,
+            shape=architecture(candidate.spec),
+            metrics=metrics,
+            slack=self.meter.slack(metrics) if measured else {},
+            baseline=candidate.baseline,
+            adjusted=candidate.adjusted,
+            reason=fitted.reason,
+            also_seen=tuple(map(self.space.key, fitted.tried)),
+            seconds=candidate.seconds,
+        )
+
+    def _evaluated(self, candidate: _Candidate, trial: Trial) -> Trial:
+        """The trial with what its evaluation found."""
+        history: dict[int, float] = {}
+        pruned = False
+        running = None
+        if self.twin is not None and self.settings.pruner != "none":
+            running = self.twin.asked or self.twin.ask(candidate.number)
+
+        def report(step: int, value: float) -> None:
+            nonlocal pruned
+            if len(self.objectives) == 1 and math.isfinite(value):
+                history[step] = self.objectives[0].oriented(value)
+                if running is not None:
+                    running.report(history[step], step)
+                    # Baselines are what everything is compared with, so they are always trained to the end.
+                    pruned = running.should_prune() and candidate.baseline is None
+
+        try:
+            found = self.evaluator.evaluate(candidate.spec, candidate.number, report, lambda: pruned)
+        except (EvaluationError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+            reason = str(error).strip() or type(error).__name__
+            return replace(trial, status="failed", reason=reason[:500], history=history)
+        metrics = {**trial.metrics, **found.metrics}
+        if found.stopped:
+            return replace(trial, status="pruned", metrics=metrics, history=history)
+        return self._complete(trial, metrics, found, history)
+
+    def _complete(
+        self, trial: Trial, metrics: dict[str, float], found: Evaluation, history: dict[int, float]
+    ) -> Trial:
+        values = []
+        for objective in self.objectives:
+            name = objective.name if objective.term is None else label(objective.term)
+            if name not in metrics:
+                raise ZooError(f"the evaluator found no {name!r}, only {', '.join(found.metrics)}")
+            values.append(float(metrics[name]))
+        if not all(map(math.isfinite, values)):
+            reason = ", ".join(f"{o.name} is {v}" for o, v in zip(self.objectives, values) if not math.isfinite(v))
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            return replace(trial, status="failed", reason=reason, metrics=finite, history=history)
+        return replace(trial, status="complete", values=tuple(values), metrics=metrics, history=history)
+
+    def _record(self, trial: Trial) -> None:
+        if self.twin is not None and self.twin.asked is None:
+            self.twin.ask(trial.number)
+        notes = self.twin.notes() if self.twin is not None else {}
+        trial.seconds["write"] = self.ledger.write_seconds + self.writer.seconds
+        self.ledger.write_seconds = self.writer.seconds = 0.0
+        self.ledger.record(trial, self.codec, len(self.objectives), notes)
+        mine = [new for new in self._refresh() if new.key == trial.key]
+        self.listener.finished(mine[0] if mine else trial, self.archive.front())
+
+    def _refresh(self) -> list[Trial]:
+        """Take in every trial that was recorded since the last time, here or elsewhere."""
+        before = len(self.ledger.trials)
+        new = self.ledger.refresh()
+        for trial, frozen in zip(new, self.ledger.frozen[before:], strict=True):
+            self._take_in(trial, frozen)
+        return new
+
+    def _take_in(self, trial: Trial, frozen: Any) -> None:
+        self.archive.add(trial)
+        self.proposer.tell(trial, frozen)
+        if self.twin is not None:
+            self.twin.add(frozen)
+
+
+class _Measured:
+    """Latencies measured on this machine, each device set up when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, LatencySource] = {}
+
+    def __call__(self, device: str) -> LatencySource:
+        if device not in self._sources:
+            self._sources[device] = MeasuredLatency(resolve_device(device), _built, lambda spec: spec.hash)
+        return self._sources[device]
+
+
+def _built(spec: Any) -> Any:
+    from zoo.model import build
+
+    return build(spec)
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time that the block takes to a phase."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier search left in a folder, and nothing else."""
+    for name in ("results.json", "best.yaml", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("front", "candidates"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+__all__ = ["SearchListener", "SearchSettings", "Start", "run_search"]
