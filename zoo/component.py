@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zoo.cost import Call, Cost
-from zoo.errors import Problem, SpecError, ZooError, did_you_mean
+from zoo.errors import Problem, SpecError, ZooError, did_you_mean, nearest
 from zoo.parameter import Axis, Parameter, StateTensor
 from zoo.registry import INHERITED, Entry, Role, find, types
 
 if TYPE_CHECKING:
     import torch
+    from pydantic_core import ErrorDetails
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
 """A dimension of a tensor."""
@@ -89,7 +90,7 @@ class Slot:
             if not isinstance(name, str):
                 raise ZooError(f"a {self.role} needs a `type`; known: {', '.join(types(self.role))}")
             return find(self.role, name)(**fields)
-        raise ZooError(f"expected a {self.role}: a type name or a mapping with a `type`; got {value!r}")
+        raise ZooError(f"expected a {self.role}: a type name or a mapping with a `type`; got {_shown(value)}")
 
 
 @cache
@@ -132,9 +133,10 @@ class Projection:
 class Scope:
     """Where a component stands.
 
-    width: channels of the stream. grid: extent of the token grid, `(tokens,)` or `(height, width)`, without
-    `prefix` extra tokens (class tokens) in front. causal: whether tokens may only see earlier ones. depth: number of
-    branches that write to the residual stream, for initialisation. The four inherited roles hold what is set here.
+    width: channels of the stream; `axis` names that axis. grid: extent of the token grid, `(tokens,)` or
+    `(height, width)`, without `prefix` extra tokens (class tokens) in front. causal: whether tokens may only see
+    earlier ones. depth: number of branches that write to the residual stream, for initialisation. The four inherited
+    roles hold what is set here.
     """
 
     width: int
@@ -144,6 +146,7 @@ class Scope:
     activation: Component
     linear: Component
     position: Component
+    axis: str = "width"
     prefix: int = 0
     depth: int = 1
     init_std: float = 0.02
@@ -323,7 +326,7 @@ def _coerced(component: type[Component], values: Mapping[str, Any], problems: li
             items = [_attempt(slot, item, f"{name}[{index}]", problems) for index, item in enumerate(value)]
             taken[name] = tuple(item for item in items if item is not None)
         else:
-            problems.append(Problem(name, f"expected a list of {slot.role}s; got {value!r}"))
+            problems.append(Problem(name, f"expected a list of {slot.role}s; got {_shown(value)}"))
     return taken
 
 
@@ -345,18 +348,45 @@ def _translated(component: type[Component], error: ValidationError, broken: set[
     """Pydantic's findings in this package's words, without those about fields that are already known to be broken."""
     name = component.type or component.__name__
     roots = {path.split(".")[0].split("[")[0] for path in broken}
+    found = error.errors(include_url=False, include_context=True)
+    unknown = [str(item["loc"][0]) for item in found if item["type"] == "extra_forbidden"]
+    meant = {nearest(key, component.model_fields) for key in unknown}
     seen: set[str] = set()
-    for item in error.errors(include_url=False, include_context=True):
+    for item in found:
         field = str(item["loc"][0]) if item["loc"] else ""
-        if field in roots or field in seen:
+        needed = item["type"] == "missing" and len(item["loc"]) == 1
+        if field in roots or field in seen or (needed and field in meant):
             continue
         seen.add(field)
+        index = "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))
         if item["type"] == "extra_forbidden":
             message = f"unknown key {field!r} of {name}{did_you_mean(field, component.model_fields)}"
-        elif item["type"] == "missing":
+        elif needed:
             message = f"{name} needs {field!r}"
         else:
-            expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            message = f"expected {expected}; got {item['input']!r}"
-        index = "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))
+            message = f"expected {_expected(item, slots(component).get(field))}; got {_shown(item['input'])}"
+            index = "" if item["type"] == "missing" else index
         yield Problem(field + index, message)
+
+
+def _expected(item: ErrorDetails, slot: Slot | None) -> str:
+    """What a finding of pydantic's says would be right."""
+    if slot is not None:
+        return f"a {slot.role}: a type name or a mapping with a `type`"
+    limits = item.get("ctx", {})
+    match item["type"]:
+        case "missing":
+            return f"at least {int(item['loc'][-1]) + 1} items"
+        case "too_short":
+            return f"at least {limits['min_length']} items"
+        case "too_long":
+            return f"at most {limits['max_length']} items"
+        case "tuple_type":
+            return "a list"
+    return item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _shown(value: Any, most: int = 60) -> str:
+    """A value for a message, as a file would say it, cut where it is long."""
+    text = "nothing" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

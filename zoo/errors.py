@@ -10,6 +10,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from unicodedata import combining, east_asian_width
+
+MAX_SHOWN = 50
 
 
 class ZooError(Exception):
@@ -45,15 +48,30 @@ class Problem:
         if self.mark is None or not self.mark.text:
             return headline
         line, column = _excerpt(self.mark.text, self.mark.column)
-        return f"{headline}\n    {line}\n    {' ' * (column - 1)}^"
+        return f"{headline}\n    {line}\n    {' ' * _cells(line[: column - 1])}^"
 
 
 class SpecError(ZooError):
-    """A document that is not a valid spec or space, with every problem that was found in it."""
+    """A document that is not a valid spec or space, with every problem that was found in it, in the order of its lines.
+
+    A problem that one place causes several times, as a repeated layer does, is there once. The message shows the first
+    `MAX_SHOWN`.
+    """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems: tuple[Problem, ...] = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        once = {(problem.mark or problem.path, problem.message): problem for problem in reversed([*problems])}
+        found = [*reversed(once.values())]
+        files = {problem.mark.file: None for problem in found if problem.mark is not None}
+        order = {file: index for index, file in enumerate(files)}
+
+        def place(problem: Problem) -> tuple[int, int, int]:
+            mark = problem.mark
+            return (-1, 0, 0) if mark is None else (order[mark.file], mark.line, mark.column)
+
+        self.problems: tuple[Problem, ...] = tuple(sorted(found, key=place))
+        shown = [str(problem) for problem in self.problems[:MAX_SHOWN]]
+        more = len(self.problems) - len(shown)
+        super().__init__("\n".join([*shown, f"... and {more} more"] if more else shown))
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -73,6 +91,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if best is not None:
         return f"; did you mean {best!r}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def _cells(text: str) -> int:
+    """How many columns of a terminal a text takes: Chinese characters take two, combining accents none."""
+    return sum(0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def _excerpt(text: str, column: int, width: int = 120) -> tuple[str, int]:

@@ -61,8 +61,9 @@ class Workload:
 class Tally:
     """What a part of a model holds and takes under one workload; tallies of parts that follow each other add up.
 
-    `depth` counts layers, parameters are counted, `weights` and everything below `flops` is in FLOPs or bytes as in `zoo.cost.Cost`. `state`
-    is the state of the whole batch behind the last token, `state_token` what one more token of one sequence adds.
+    `depth` counts layers, parameters are counted, everything from `flops` on is in FLOPs or bytes as in `zoo.cost.Cost`.
+    `state` is the state of the whole batch behind the last token, `state_token` what one more token of one sequence
+    adds.
     """
 
     depth: int = 0

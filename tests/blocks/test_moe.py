@@ -16,8 +16,10 @@ from tolerance import assert_close
 from torch import Tensor
 
 from zoo.blocks.activations import GELU
+from zoo.blocks.model import Spec
 from zoo.blocks.moe import MixtureOfExperts, imbalance
 from zoo.cost import Call
+from zoo.model import build
 
 
 def plainly(moe: Built, x: Tensor) -> Tensor:
@@ -207,6 +209,24 @@ def test_compiles_whole(capacity: float | None, training: bool) -> None:
     ctx, plain = context(x), context(x)
     assert_close(compiled(x, ctx, None)[0], moe(x, plain))
     assert list(ctx.losses) == list(plain.losses)
+
+
+def test_losses_reach_the_router_through_checkpoints() -> None:
+    layer = {"channel": {"type": "moe", "hidden": 8, "balance": 0.5, "z_loss": 0.5}}
+    parts: dict[str, Any] = {
+        "stem": {"type": "token", "vocab": 10},
+        "body": {"layers": [layer] * 2},
+        "head": "language_model",
+    }
+    found = []
+    for checkpointing in (False, True):
+        model = build(Spec(width=16, context=8, **parts), dtype=torch.float64)
+        output = model.train().set_checkpointing(checkpointing)(torch.arange(12).reshape(2, 6) % 10)
+        assert set(output.losses) == {"balance", "router_z"}
+        torch.stack([*output.losses.values()]).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert found[0].abs().max() > 0
+    assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contract.examples import examples, unknown
+from contract_examples import examples, unknown
 
 from zoo.registry import components
 from zoo.testing import ComponentContract

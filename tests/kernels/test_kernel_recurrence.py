@@ -15,6 +15,14 @@ from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from zoo import kernels
 from zoo.errors import ZooError
+from zoo.kernels.linear_recurrence import torch_path
+
+
+@pytest.fixture(params=["one span", "many spans"], autouse=True)
+def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests run in one piece, and cut into as many as there are chunks."""
+    if request.param == "many spans":
+        monkeypatch.setattr(torch_path, "_SPAN_ELEMENTS", 1)
 
 
 def inputs(

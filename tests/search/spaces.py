@@ -28,7 +28,7 @@ body:
     - width: 16
       layers: {repeat: {int: [1, 3]}, of: {mixer: {choice: [identity, pooling]}, channel: {type: mlp, ratio: $expansion}}}
     - width: $(16 * scale)
-      reduce: patch_merge
+      reduce: merge
       layers:
         - repeat: {choice: [1, 2]}
           of:
@@ -49,7 +49,7 @@ body:
   layers:
     - repeat: $(2 * n)
       of:
-        mixer: {type: attention, heads: {choice: [1, 2, 4], name: heads}, window: $window}
+        mixer: {type: attention, heads: {choice: [1, 3, 4], name: heads}, window: $window}
         channel: {choice: {glu: {type: glu, hidden: $(2 * d)}, mlp: {type: mlp, ratio: {choice: [1, 2, 4]}}}}
         residual: {choice: [pre, post]}
     - {mixer: {choice: {mamba2: {type: mamba2, head_dim: 16}, nothing: identity}}, channel: mlp}

@@ -206,7 +206,7 @@ class Attention(HeadMixer):
             gates = inside if self.gate == "channel" else Axis("heads", heads)
             found["gate"] = self.project(scope, width, gates, bias=self.bias)
         if self.qk_norm is not None:
-            head = scope.at(width=head_dim)
+            head = scope.at(width=head_dim, axis="head_dim")
             found |= {"query_norm": Child(self.qk_norm, head), "key_norm": Child(self.qk_norm, head)}
         return found | self.position_child(scope, (heads + kv_heads) * head_dim)
 

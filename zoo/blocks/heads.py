@@ -26,8 +26,6 @@ class HeadBase(Component):
     """`language_model`, `classifier` or `regression`: which loss belongs to it."""
     causal: ClassVar[bool] = False
     """Whether a model with this head is causal unless it says otherwise."""
-    ties: ClassVar[bool] = False
-    """Whether the head may use the stem's table."""
 
 
 @register("language_model", role=Role.HEAD, sources=["Press and Wolf 2016, Using the Output Embedding"])
@@ -47,7 +45,8 @@ class LanguageModelHead(HeadBase):
 
     def check(self, scope: Scope) -> Iterator[Complaint]:
         if scope.vocab is None:
-            yield Complaint("", "a language model needs a stem with a vocabulary; use `stem: {type: token, vocab: ...}`")
+            message = "a language model needs a stem with a vocabulary; use `stem: {type: token, vocab: ...}`"
+            yield Complaint("", message)
 
     def outputs(self, scope: Scope) -> Axis:
         return Axis("vocab", scope.vocab or 1)

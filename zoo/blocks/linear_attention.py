@@ -36,10 +36,10 @@ def first_decays(tensor: torch.Tensor, generator: torch.Generator) -> None:  # n
     role=Role.MIXER,
     traits=Traits(causal="scope"),
     sources=[
-        "Katharopoulos et al. 2020, Transformers are RNNs, eq. 8 and 9 (`normaliser: sum`)",
-        "Qin et al. 2022, The Devil in Linear Transformer, eq. 10 (`normaliser: head`)",
-        "Sun et al. 2023, Retentive Network, eq. 5 to 8 (`decay: fixed`, `gate`)",
-        "Yang et al. 2023, Gated Linear Attention Transformers (`decay: data`)",
+        "Katharopoulos et al. 2020, Transformers are RNNs (`normaliser: sum`)",
+        "Qin et al. 2022, The Devil in Linear Transformer (`normaliser: head`)",
+        "Sun et al. 2023, Retentive Network (`decay: fixed`, `gate`)",
+        "Sun et al. 2024, You Only Cache Once, gated retention (`decay: data`)",
         "Su et al. 2021, RoFormer, eq. 19 (rotary positions)",
     ],
     catalogue=["transnormer"],
@@ -118,7 +118,7 @@ class LinearAttention(HeadMixer):
         if self.decay == "data":
             found["decay"] = self.project(scope, width, Axis("heads", heads))
         if self.normaliser == "head":
-            found["head_norm"] = Child(scope.norm, scope.at(width=value_dim))
+            found["head_norm"] = Child(scope.norm, scope.at(width=value_dim, axis="value_dim"))
         if self.gate:
             found["gate"] = self.project(scope, width, values, bias=self.bias)
         return found | self.position_child(scope, 2 * heads * key_dim)

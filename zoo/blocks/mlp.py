@@ -24,14 +24,14 @@ Ratio = Annotated[float, Field(gt=0.0, le=256.0)]
 class FeedForward(Component):
     """What channel mixers with a hidden layer share: its width, given as it is or as a multiple of the stream's.
 
-    The ratio defaults to 4, or to 8/3 where a gate makes it three matrices in place of two, and what it gives is then
-    rounded up to a multiple of 8. Filled in, only `hidden` is left.
+    Filled in, only `hidden` is left.
     """
 
     hidden: Size | None = None
     """Hidden channels; by default what `ratio` gives."""
     ratio: Ratio | None = None
-    """Hidden channels for each channel of the stream, in place of `hidden`."""
+    """Hidden channels for each channel of the stream, in place of `hidden`: 4 by default, or if gated 8/3 with the
+    product rounded up to a multiple of 8."""
 
     def is_gated(self) -> bool:
         """Whether a second projection gates the hidden channels."""
@@ -101,7 +101,7 @@ class Plain(FeedForward):
 class MLP(Plain):
     r"""Two maps with a nonlinearity between: $y = W_\mathrm{down}\, \phi(W_\mathrm{up} x)$, `[batch, tokens, width]`.
 
-    `ratio` defaults to 4. $O(\mathrm{width} \cdot \mathrm{hidden})$ for each token.
+    $O(\mathrm{width} \cdot \mathrm{hidden})$ for each token.
     """
 
     def children(self, scope: Scope) -> Mapping[str, Child]:
@@ -129,8 +129,7 @@ class MLP(Plain):
 class GLU(Plain):
     r"""A gated unit: $y = W_\mathrm{down} (\phi(W_\mathrm{gate} x) \odot W_\mathrm{up} x)$, `[batch, tokens, width]`.
 
-    With `silu` it is SwiGLU, with `gelu` GeGLU. `ratio` defaults to 8/3, at which it has as many parameters as an
-    `mlp` of ratio 4, and what it gives is rounded up to a multiple of 8; a `hidden` is taken as it is.
+    With `silu` it is SwiGLU, with `gelu` GeGLU. By default it has as many parameters as an `mlp`.
     $O(\mathrm{width} \cdot \mathrm{hidden})$ for each token.
     """
 

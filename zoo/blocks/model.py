@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from zoo.blocks.activations import SiLU
-from zoo.blocks.heads import HeadBase
+from zoo.blocks.heads import HeadBase, LanguageModelHead
 from zoo.blocks.linear import Dense
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.positions import LearnedPosition, Rotary
@@ -86,8 +86,11 @@ class Spec(Component):
     linear: Linear | None = None
     position: Position | None = None
     stem: Stem
+    """What makes the inputs a stream."""
     body: Body
+    """What the stream goes through."""
     head: Head
+    """What is asked of the stream."""
 
     @property
     def hash(self) -> str:
@@ -154,5 +157,5 @@ class Spec(Component):
     ) -> tuple[Tensor, StateTree]:
         x = module.stem(inputs, ctx)
         x, inside = module.body(x, ctx, (state or {}).get("body"))
-        tied = getattr(self.head, "tied", False)
+        tied = isinstance(self.head, LanguageModelHead) and self.head.tied
         return module.head(x, ctx, module.stem.weight if tied else None), ({"body": inside} if inside else {})

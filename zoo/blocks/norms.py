@@ -23,7 +23,7 @@ class RMSNorm(Component):
     """Added to the mean square."""
 
     def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
-        return {"weight": Parameter((Axis("width", scope.width),), ones, decay=False)}
+        return {"weight": Parameter((Axis(scope.axis, scope.width),), ones, decay=False)}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
         return elementwise(call.rows * scope.width, call.element_bytes, operations=4)
@@ -42,7 +42,7 @@ class LayerNorm(Component):
     """Whether to add a learned offset."""
 
     def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
-        width = Axis("width", scope.width)
+        width = Axis(scope.axis, scope.width)
         found = {"weight": Parameter((width,), ones, decay=False)}
         if self.bias:
             found["bias"] = Parameter((width,), zeros, decay=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from zoo import kernels
-from zoo.component import Complaint, Component, Positive, Scope
+from zoo.component import Complaint, Component, Positive, Scope, Traits
 from zoo.context import Context
 from zoo.cost import FREE, Call, Cost, elementwise
 from zoo.parameter import Axis, Parameter, normal
@@ -95,7 +95,12 @@ class ALiBi(PositionBase):
         return first + rest
 
 
-@register("learned", role=Role.POSITION, sources=["Gehring et al. 2017", "Dosovitskiy et al. 2020, section 3.1"])
+@register(
+    "learned",
+    role=Role.POSITION,
+    traits=Traits(any_length=False),
+    sources=["Gehring et al. 2017", "Dosovitskiy et al. 2020, section 3.1"],
+)
 class LearnedPosition(PositionBase):
     """A learned vector for each position up to the context, added at the stem."""
 

@@ -196,12 +196,9 @@ class Stage(Layered):
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None
     ) -> tuple[Tensor, StateTree | None]:
-        import torch
-
         if self.reduce is not None:
             x, grid = module.reduce(x, ctx)
-            positions = torch.arange(x.shape[1], device=x.device)
-            ctx = replace(ctx, grid=grid, positions=positions)
+            ctx = coarser(ctx, x, grid)
         x, new = self.run(module, x, ctx, state)
         return x, (new or None)
 
@@ -250,10 +247,16 @@ class Stages(Component):
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None
     ) -> tuple[Tensor, StateTree | None]:
-        for stage in module.stages:
-            x, _ = stage(x, ctx, None)
-            ctx = replace(ctx, grid=stage.component.start(stage.scope).grid)
-        return (module.final_norm(x) if self.final_norm else x), state
+        tokens, new = x.shape[1], {}
+        for index, stage in enumerate(module.stages):
+            name = f"stages.{index}"
+            if x.shape[1] != tokens:
+                ctx = coarser(ctx, x, stage.scope.grid)
+                tokens = x.shape[1]
+            x, inside = stage(x, ctx, (state or {}).get(name))
+            if inside is not None:
+                new[name] = inside
+        return (module.final_norm(x) if self.final_norm else x), new
 
 
 @register("merge", role=Role.REDUCE, sources=["Liu et al. 2021, Swin Transformer, section 3.1"])
@@ -287,7 +290,7 @@ class Merge(Component):
     def children(self, scope: Scope) -> Mapping[str, Child]:
         merged = self.merged(scope)
         return {
-            "norm": Child(self.norm or scope.norm, scope.at(width=merged.size)),
+            "norm": Child(self.norm or scope.norm, scope.at(width=merged.size, axis=merged.name)),
             "project": self.project(scope, merged, projection_of(scope).outputs),
         }
 
@@ -302,6 +305,14 @@ class Merge(Component):
         order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
         x = x.reshape(batch, *blocks, width).permute(order).reshape(batch, math.prod(coarse), -1)
         return module.project(module.norm(x)), coarse
+
+
+def coarser(ctx: Context, x: Tensor, grid: tuple[int, ...]) -> Context:
+    """The context of a stream `x` that now has fewer tokens, on `grid` if that is more than a line."""
+    import torch
+
+    positions = torch.arange(x.shape[1], device=x.device)
+    return replace(ctx, grid=grid if len(grid) > 1 else (x.shape[1],), positions=positions)
 
 
 def in_turn(group: str, parts: tuple[Component, ...], scope: Scope) -> dict[str, Child]:

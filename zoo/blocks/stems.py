@@ -97,7 +97,8 @@ class PatchStem(StemBase):
 
     def check(self, scope: Scope) -> Iterator[Complaint]:  # noqa: ARG002
         if any(extent % self.size for extent in self.image):
-            yield Complaint("size", f"images of {self.image[0]}x{self.image[1]} do not divide into {self.size}x{self.size}")
+            height, width = self.image
+            yield Complaint("size", f"images of {height}x{width} do not divide into {self.size}x{self.size} patches")
 
     def out(self, scope: Scope) -> Scope:
         grid = (self.image[0] // self.size, self.image[1] // self.size)

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @register(
     "token_mlp",
     role=Role.MIXER,
-    traits=Traits(
-        causal="never", streaming=False, packed=False, linear_time=False, any_length=False, elastic=("hidden",)
-    ),
+    traits=Traits(causal="never", streaming=False, packed=False, any_length=False, elastic=("hidden",)),
     sources=["Tolstikhin et al. 2021, MLP-Mixer: An all-MLP Architecture for Vision, eq. 1"],
 )
 class TokenMLP(Component):

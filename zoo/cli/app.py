@@ -34,6 +34,9 @@ def _print_version(wanted: bool) -> None:
 SpecArgument = Annotated[
     str, typer.Argument(help="A spec file, or the name of a shipped spec.", autocompletion=_spec_names)
 ]
+SpaceArgument = Annotated[
+    str, typer.Argument(help="A spec with holes: a file, or the name of a shipped space.", autocompletion=_spec_names)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
@@ -195,3 +198,79 @@ def kernels(device: Device = "cpu", dtype: Dtype = "float32", json: Json = False
     from zoo.cli.facts import print_kernels
 
     print_kernels(device, dtype, json)
+
+
+@app.command()
+def search(
+    space: Annotated[
+        str, typer.Argument(help="A spec with holes: a file or a shipped name.", autocompletion=_spec_names)
+    ],
+    data: Annotated[str, typer.Option(help="What candidates are trained on; as for `zoo train`.")] = "bytes:stdlib",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Bounds such as 'params<=2M latency<=15ms@cpu{seq=256}'; may be given several times."),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Candidates to train, those of earlier sessions included.")] = 40,
+    objective: Annotated[
+        str, typer.Option(help="One figure, or several with commas: loss, accuracy, bits_per_byte, latency, params ...")
+    ] = "loss",
+    sampler: Annotated[str, typer.Option(help="evolution, tpe, nsga2, gp or random.")] = "evolution",
+    pruner: Annotated[str, typer.Option(help="none, median or halving; for one objective.")] = "none",
+    storage: Annotated[
+        str | None, typer.Option(help="An Optuna storage URL; by default one file in the run's folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command again continues it.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Start over where the folder holds a search.")] = False,
+    timeout: Annotated[str | None, typer.Option(help="Start no candidate after this time, for example 10min.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps for each candidate.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample; by default the spec's.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    schedule: Annotated[str, typer.Option(help="cosine, wsd or constant.")] = "cosine",
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
+    precision: Annotated[str, typer.Option(help="32, bf16 or 16.")] = "32",
+    device: Annotated[str, typer.Option(help="Where candidates are trained, and timed unless a bound says.")] = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Search a space under a budget; leaves the front as specs, best.yaml and report.html."""
+    from zoo.cli.run import run_search
+
+    train = {
+        "data": data,
+        "steps": steps,
+        "batch": batch,
+        "context": context,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "evaluate_every": evaluate_every,
+        "precision": precision,
+        "device": device,
+        "threads": threads,
+        "seed": seed,
+    }
+    search = {
+        "budget": " ".join(budget or []),
+        "trials": trials,
+        "objective": objective,
+        "sampler": sampler,
+        "pruner": pruner,
+        "storage": storage,
+        "fresh": fresh,
+        "device": device,
+        "seed": seed,
+    }
+    raise typer.Exit(run_search(space, search, train, out, timeout, json))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a search.")],
+    storage: Annotated[str | None, typer.Option(help="The storage URL that the search was given, if any.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the results of a search anew: results.json, best.yaml, the front and report.html."""
+    from zoo.cli.run import write_report
+
+    write_report(run, storage, json)

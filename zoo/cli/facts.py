@@ -15,6 +15,7 @@ from zoo.errors import ZooError, did_you_mean
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
     from zoo.component import Component
+    from zoo.errors import Problem
     from zoo.metrics import Tally, Workload
 
 HEADLINE = ("params", "active_params", "flops", "decode_flops", "weights", "state", "memory")
@@ -124,15 +125,15 @@ def _default(value: Any) -> str:
 def _show_file(path: Path, canonical: bool, as_json: bool) -> None:
     from zoo.metrics import metrics
     from zoo.spec.check import is_open
-    from zoo.spec.construct import construct
     from zoo.spec.document import canonical as canonical_form
-    from zoo.spec.document import dump, read
+    from zoo.spec.document import dump, finished, read
 
-    template = read(path)
+    problems: list[Problem] = []
+    template = read(path, problems)
     if is_open(template):
         _show_space(path, as_json)
         return
-    spec: Spec = construct(template.closed())  # type: ignore[assignment]
+    spec = finished(template, problems)
     if as_json:
         print_json({"hash": spec.hash, "canonical": canonical_form(spec), "metrics": metrics(spec)})
         return

@@ -91,11 +91,13 @@ def train_model(
 
     from zoo.model import build
     from zoo.train.loop import fit
+    from zoo.train.progress import live
 
     model = build(spec, seed=settings.seed).set_checkpointing(checkpointing)
     if compiled:
         model.compile()
-    result = fit(model, settings, folder, data=data, resume="never" if fresh else "auto")
+    with live(spec.name or name) as progress:
+        result = fit(model, settings, folder, data=data, progress=progress, resume="never" if fresh else "auto")
     facts = {
         "folder": str(folder),
         "steps": result.steps,
@@ -119,3 +121,63 @@ def train_model(
 def _context(spec: Any, data: str) -> int | None:
     """The length of samples: the spec's context for text; tasks and images know their own."""
     return spec.context if data.startswith("bytes") else None
+
+
+def run_search(
+    space: str, values: dict[str, Any], train: dict[str, Any], out: Path | None, timeout: str | None, as_json: bool
+) -> int:
+    """Search a space and say what was found; returns the exit code."""
+    import shlex
+    import sys
+
+    from zoo.quantity import parse_quantity
+    from zoo.search.live import LiveProgress
+    from zoo.search.study import SearchSettings
+    from zoo.search.study import run_search as run
+    from zoo.train.settings import TrainSettings
+
+    settings = SearchSettings(
+        space=space,
+        train=TrainSettings.parse(train),
+        out=out or Path("runs") / f"search-{Path(space).stem}",
+        timeout=None if timeout is None else parse_quantity(timeout, "time"),
+        command=shlex.join(["zoo", *sys.argv[1:]]),
+        **values,
+    )
+    with LiveProgress() as progress:
+        results = run(settings, progress=progress)
+    if as_json:
+        print_json(results.data)
+    else:
+        _print_results(results)
+    return 130 if results.stopped == "interrupted" else 0
+
+
+def write_report(run: Path, storage: str | None, as_json: bool) -> None:
+    """Write the results of a search anew and print them."""
+    from zoo.search.results import write_results
+
+    results = write_results(run, storage)
+    if as_json:
+        print_json(results.data)
+    else:
+        _print_results(results)
+
+
+def _print_results(results: Any) -> None:
+    """The front as a table, whether mixing helped, and where everything is."""
+    from zoo.cli.output import print_table
+    from zoo.search.results import figure
+    from zoo.search.results import shown as figure_shown
+
+    figures = list(dict.fromkeys([*map(figure, results.objectives), "params"]))
+    rows = [
+        (str(trial.number), *(figure_shown(name, trial.metrics[name]) for name in figures), trial.baseline or "")
+        for trial in results.front
+    ]
+    if rows:
+        print_table("front", ("trial", *figures, "baseline"), rows, right=range(1, len(figures) + 1))
+    mixing = results.data.get("mixing")
+    if mixing:
+        console().print(mixing["sentence"])
+    console().print(f"{results.message}\nreport: {results.folder / 'report.html'}")

@@ -14,9 +14,16 @@ BRANCHES = ("mixer", "channel")
 
 
 def architecture(spec: Spec) -> dict[str, Any]:
-    """Width and context of a spec, and `[mixer, its fields, channel mixer, its fields, width]` for each layer."""
+    """Width and context of a spec, and `[mixer, its fields, channel mixer, its fields, width, hidden]` for each layer.
+
+    `hidden` is the inner width of the channel mixer, None where it has none.
+    """
     layers = [
-        [*(text for branch in BRANCHES for text in _named(getattr(layer, branch, None), layer, branch)), width]
+        [
+            *(text for branch in BRANCHES for text in _named(getattr(layer, branch, None), layer, branch)),
+            width,
+            _hidden(getattr(layer, "channel", None), width),
+        ]
         for layer, width in _layers(spec.body, spec.width)
     ]
     return {"width": spec.width, "context": spec.context, "layers": layers}
@@ -31,6 +38,12 @@ def _layers(body: Component, width: int) -> Iterator[tuple[Component, int]]:
                 yield from _layers(item, inside)
             else:
                 yield item, inside
+
+
+def _hidden(channel: Component | None, width: int) -> int | None:
+    given = getattr(channel, "hidden", None)
+    widened = getattr(channel, "widened", None)
+    return widened(width) if given is None and callable(widened) else given
 
 
 def _named(part: Component | None, layer: Component, branch: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,9 @@ Point = dict[str, Value]
 """Values of all active decisions, by name."""
 Setting = tuple[tuple[int, Value], ...]
 """What a unit's own decisions are: indices of those that are active, in the order in which they are met, and values."""
+
+Choose = Callable[["Decision"], Value]
+"""Gives a decision a value."""
 
 UNITS = "layers"
 """The field whose items are units."""
@@ -170,9 +173,20 @@ class Unit:
     decisions: tuple[Decision, ...]
     block: Block
 
-    def settings(self, program: Program, point: Mapping[str, Value]) -> Setting:
+    def setting(self, program: Program, point: Mapping[str, Value]) -> Setting:
         """Its own active decisions at a point, as indices into `decisions` with values."""
         walk = Walk(program, lambda decision: point[decision.name])
+        walk.block(self.block)
+        return self._own(walk.point)
+
+    def complete(self, program: Program, point: Mapping[str, Value], choose: Choose) -> Setting:
+        """A setting whose values are chosen, shared decisions being as the point says or at their first value."""
+        own = {decision.name for decision in self.decisions}
+
+        def decide(decision: Decision) -> Value:
+            return choose(decision) if decision.name in own else point.get(decision.name, decision.first)
+
+        walk = Walk(program, decide)
         walk.block(self.block)
         return self._own(walk.point)
 
@@ -181,30 +195,15 @@ class Unit:
         return tuple((index[name], value) for name, value in point.items() if name in index)
 
     def every(self, program: Program, point: Mapping[str, Value]) -> Iterator[Setting]:
-        """All settings that it can have beside what a point says of shared decisions, by an odometer over its values."""
-        own = {decision.name for decision in self.decisions}
-        dials: list[int] = []
-        while True:
-            sizes: list[int] = []
+        """All settings that it can have beside what a point says of shared decisions."""
 
-            def choose(decision: Decision) -> Value:
-                if decision.name not in own:
-                    return point[decision.name] if decision.name in point else decision.first
-                values = decision.values()
-                if len(sizes) == len(dials):
-                    dials.append(0)
-                sizes.append(len(values))
-                return values[dials[len(sizes) - 1]]
-
+        def run(choose: Choose) -> Point:
             walk = Walk(program, choose)
             walk.block(self.block)
-            yield self._own(walk.point)
-            del dials[len(sizes) :]
-            while dials and dials[-1] + 1 == sizes[len(dials) - 1]:
-                dials.pop()
-            if not dials:
-                return
-            dials[-1] += 1
+            return walk.point
+
+        own = {decision.name for decision in self.decisions}
+        return map(self._own, every(run, own, point))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,7 +237,7 @@ class Program:
     decisions: Mapping[str, Decision]
     units: tuple[Unit, ...]
 
-    def walk(self, choose: Callable[[Decision], Value]) -> Walk:
+    def walk(self, choose: Choose) -> Walk:
         """Go through the template, asking `choose` for each decision that is active."""
         walk = Walk(self, choose)
         walk.block(self.root)
@@ -253,9 +252,14 @@ class Program:
     @cached_property
     def lengths(self) -> frozenset[str]:
         """The decisions outside of units that say how many units there are, and nothing else."""
-        reached: set[str] = set()
-        self._reach(self.root, reached, set())
+        reached = self.reach(self.root)
         return frozenset(decision.name for decision in self.outside if decision.name not in reached)
+
+    def reach(self, block: Block) -> frozenset[str]:
+        """The decisions that a block may ask, those of lengths of its units aside."""
+        reached: set[str] = set()
+        self._reach(block, reached, set())
+        return frozenset(reached)
 
     def _reach(self, block: Block, reached: set[str], names: set[str]) -> None:
         for step in block:
@@ -275,10 +279,37 @@ class Program:
                     self._reach(entry.block, reached, names)
 
 
+def every(run: Callable[[Choose], Point], names: Collection[str], point: Mapping[str, Value]) -> Iterator[Point]:
+    """All results of `run` over the values of the named decisions, like an odometer.
+
+    Other decisions are as the point says, or at their first value.
+    """
+    dials: list[int] = []
+    while True:
+        sizes: list[int] = []
+
+        def choose(decision: Decision) -> Value:
+            if decision.name not in names:
+                return point.get(decision.name, decision.first)
+            values = decision.values()
+            if len(sizes) == len(dials):
+                dials.append(0)
+            sizes.append(len(values))
+            return values[dials[len(sizes) - 1]]
+
+        yield run(choose)
+        del dials[len(sizes) :]
+        while dials and dials[-1] + 1 == sizes[len(dials) - 1]:
+            dials.pop()
+        if not dials:
+            return
+        dials[-1] += 1
+
+
 class Walk:
     """One pass over a program: the values chosen, and the units that are there."""
 
-    def __init__(self, program: Program, choose: Callable[[Decision], Value]) -> None:
+    def __init__(self, program: Program, choose: Choose) -> None:
         self.program = program
         self.choose = choose
         self.point: Point = {}

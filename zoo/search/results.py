@@ -81,7 +81,7 @@ def facts_of(
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": str(fingerprint()),
-        "trials": trials,
+        "trials_wanted": trials,
         "space": {
             "name": space.name or "",
             "hash": space.hash,
@@ -237,7 +237,9 @@ def spec_text(trial: Trial, name: str, about: Mapping[str, Any], objectives: Seq
         for objective, value in zip(objectives, trial.values, strict=True)
     )
     where = about["space"]["name"] or "a space"
-    summary = f"Found by searching {where}: {found}, {shown('params', trial.metrics['params'])} parameters"
+    if all(objective.name != "params" for objective in objectives):
+        found += f", {shown('params', trial.metrics['params'])} parameters"
+    summary = f"Found by searching {where}: {found}"
     lines = [
         f"{summary}.",
         f"Trial {trial.number} of a search under the budget {about['budget']!r}, seed {about['seed']}.",

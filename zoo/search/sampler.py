@@ -164,7 +164,9 @@ class Twin:
 
     def notes(self) -> Mapping[str, Any]:
         """What sampler and pruner noted on the candidate in hand; the study has to keep it."""
-        return {} if self._asked is None else dict(self._asked.system_attrs)
+        if self._asked is None:
+            return {}
+        return dict(self.study.get_trials(deepcopy=False)[self._asked.number].system_attrs)
 
     def add(self, frozen: FrozenTrial) -> None:
         """Take in a trial that is done with."""
@@ -205,11 +207,7 @@ class OptunaProposer:
 
     def _suggested(self, trial: optuna.Trial) -> Point:
         """A value for each decision that the ones before leave open."""
-        point: Point = {}
-        for decision in self.space.decisions:
-            if decision.name in self.space.normalised(point):
-                point[decision.name] = self.codec.suggest(trial, decision.name)
-        return self.space.normalised(point)
+        return self.space.decide(lambda decision: self.codec.suggest(trial, decision.name))
 
 
 def optuna_sampler(name: str) -> Callable[[int], optuna.samplers.BaseSampler]:

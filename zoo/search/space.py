@@ -173,7 +173,7 @@ class Space:
                 break
             decision = rng.choice(rng.choice(list(groups.values())))
             other = decision.other(changed[decision.name], rng)
-            changed = self._complete({**changed, decision.name: other}, rng)
+            changed = self.complete({**changed, decision.name: other}, rng)
         return changed
 
     def cross(self, a: Mapping[str, Value], b: Mapping[str, Value], rng: random.Random) -> Point:
@@ -188,7 +188,8 @@ class Space:
 
         return self.decide(choose)
 
-    def _complete(self, point: Mapping[str, Value], rng: random.Random) -> Point:
+    def complete(self, point: Mapping[str, Value], rng: random.Random) -> Point:
+        """The point without inactive decisions, and with missing ones drawn at random."""
         return self.decide(lambda decision: self._taken(decision, (point,), rng))
 
     def _taken(self, decision: Decision, points: Iterable[Mapping[str, Value]], rng: random.Random) -> Value:

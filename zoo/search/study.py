@@ -6,7 +6,6 @@ candidate is done with. So the same command goes on where a search was cut, wher
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import shutil
@@ -42,12 +41,12 @@ from zoo.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from zoo.search.repair import Repair
-    from zoo.search.space import Space
+    from zoo.search.space import Decision, Space
 
 ATTEMPTS = 256
 """Proposals of a stream for one trial before the space is swept for what is left."""
 SWEEP = 50_000
-"""Largest number of combinations that a sweep goes through."""
+"""Largest number of points that a sweep goes through."""
 DROPPED_IN_A_ROW = 25
 FAILED_AT_FIRST = 5
 
@@ -372,18 +371,9 @@ class _Search:
 
     def _swept(self) -> Iterator[Point]:
         """All feasible points of a small space in order; nothing for a large one."""
-        decisions = self.space.decisions
-        counts = [decision.count for decision in decisions]
-        if any(count is None for count in counts) or math.prod(count or 1 for count in counts) > SWEEP:
-            return
-        seen: set[str] = set()
-        for values in itertools.product(*(decision.values() for decision in decisions)):
-            point = self.space.normalised({d.name: value for d, value in zip(decisions, values, strict=True)})
-            key = self.space.key(point)
-            if key not in seen:
-                seen.add(key)
-                if self.meter.feasible(point):
-                    yield point
+        size = self.space.size()
+        if size is not None and size <= SWEEP:
+            yield from filter(self.meter.feasible, _points(self.space))
 
     # Working on one
 
@@ -501,6 +491,26 @@ class _Search:
         self.proposer.tell(trial, frozen)
         if self.twin is not None:
             self.twin.add(frozen)
+
+
+def _points(space: Space) -> Iterator[Point]:
+    """Every point of a space, counting up the last decision that has a further value."""
+    script: list[int] = []
+    while True:
+        left: list[int] = []
+
+        def choose(decision: Decision) -> Any:
+            values = decision.values()
+            index = script[len(left)] if len(left) < len(script) else 0
+            left.append(len(values) - 1 - index)
+            return values[index]
+
+        yield space.decide(choose)
+        last = max((place for place, more in enumerate(left) if more), default=None)
+        if last is None:
+            return
+        taken = script[last] if last < len(script) else 0
+        script = [*(script + [0] * last)[:last], taken + 1]
 
 
 class _Measured:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from zoo.errors import Problem, SpecError, ZooError
 from zoo.metrics import metrics
-from zoo.spec.document import SUFFIXES, locate, read
+from zoo.spec.document import SUFFIXES, finished, locate, read
 from zoo.spec.template import Template
 
 if TYPE_CHECKING:
@@ -58,16 +58,17 @@ def is_open(template: Template) -> bool:
 
 def check(name: str | Path) -> Checked:
     """Check one file or shipped spec; nothing is raised for what is wrong with its content."""
+    found: list[Problem] = []
     try:
-        template = read(name)
+        template = read(name, found)
         if is_open(template):
             from zoo.search.space import Space
 
+            if found:
+                raise SpecError(found)
             Space.from_template(template).validate()
             return Checked(str(name), "space", ())
-        from zoo.spec.construct import construct
-
-        spec: Spec = construct(template.closed())  # type: ignore[assignment]
+        spec = finished(template, found)
         return Checked(str(name), "spec", tuple(unpublished(spec, template)), spec)
     except SpecError as error:
         return Checked(str(name), "spec", error.problems)

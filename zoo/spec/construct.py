@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from zoo.component import Component, Scope, Slot, slots
-from zoo.errors import Problem, SpecError, ZooError
+from zoo.errors import Problem, SpecError, ZooError, nearest
 from zoo.registry import Role, find, types
-from zoo.spec.tree import Tree
+from zoo.spec.source import shortened
+from zoo.spec.tree import BROKEN, Tree, walk
 
 ROOT = Slot(Role.MODEL, default="model")
+STREAM = (Role.MODEL, Role.STEM, Role.BODY, Role.STAGE, Role.REDUCE, Role.POSITION)
+"""Roles on whose fields the width, the length or the positions of what stands elsewhere depend."""
+HARMLESS = frozenset(
+    ("name", "summary", "sources", "catalogue", "published", "init_std", "norm", "activation", "linear", "final_norm")
+)
+"""Fields of these roles on which nothing else depends."""
 
 
-def construct(document: Tree) -> Component:
-    """The model that a document without holes describes; a `SpecError` carries all of its problems."""
+def construct(document: Tree, problems: Iterable[Problem] = ()) -> Component:
+    """The model that a document without holes describes; a `SpecError` carries all of its problems.
+
+    `problems` are those that are already known. Fields are checked against each other also where other things are
+    wrong, in all parts that do not rest on what is wrong.
+    """
     maker = _Maker()
     model = maker.node(document, ROOT, "")
-    if maker.problems or model is None:
-        raise SpecError(maker.problems)
-    problems = [
-        Problem(path, message, document.place(path)) for path, message in complaints(model.fill(_root(model)), "")
-    ]
-    if problems:
-        raise SpecError(dict.fromkeys(problems))
+    found = [*problems, *maker.problems]
+    if model is not None and not maker.adrift:
+        wrong = complaints(model.fill(_root(model)), "", maker=maker, document=document)
+        found += [Problem(path, message, document.place(path)) for path, message in wrong]
+    if found or model is None:
+        raise SpecError(found)
     return model
 
 
-def complaints(model: Component, path: str, scope: Scope | None = None) -> Iterator[tuple[str, str]]:
+def complaints(
+    model: Component,
+    path: str,
+    scope: Scope | None = None,
+    maker: _Maker | None = None,
+    document: Tree | None = None,
+) -> Iterator[tuple[str, str]]:
     """What is wrong across the fields of a filled component and all inside it: the path to blame, and the message.
 
-    A component that complains is not looked into, since what stands inside it rests on what is wrong.
+    A component that complains is not looked into, since what stands inside it rests on what is wrong; nor is one that
+    its `maker` found wrong.
     """
     scope = _root(model) if scope is None else scope
-    found = list(model.check(scope))
+    whole = True
+    if maker is not None and maker.problems and document is not None:
+        node, there = document.at(path)
+        if there and id(node) in maker.wrong:
+            return
+        whole = not there or id(node) not in maker.partial
+    found = list(model.check(scope)) if whole else []
     for complaint in found:
         yield ".".join(part for part in (path, complaint.field) if part), complaint.message
     if found:
@@ -41,7 +64,7 @@ def complaints(model: Component, path: str, scope: Scope | None = None) -> Itera
     for name, child in model.children(scope).items():
         group, _, index = name.partition(".")
         inside = f"{group}[{index}]" if index else group
-        yield from complaints(child.component, f"{path}.{inside}" if path else inside, child.scope)
+        yield from complaints(child.component, f"{path}.{inside}" if path else inside, child.scope, maker, document)
 
 
 def _root(model: Component) -> Scope:
@@ -49,10 +72,17 @@ def _root(model: Component) -> Scope:
 
 
 class _Maker:
-    """Builds components from the leaves up and collects what goes wrong."""
+    """Builds components from the leaves up and collects what goes wrong.
+
+    A component with a wrong field is made without it where that is possible, and is then in `wrong`; one that lacks a
+    component inside is in `partial`. `adrift` tells that the sizes of the stream cannot be trusted any more.
+    """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
+        self.wrong: set[int] = set()
+        self.partial: set[int] = set()
+        self.adrift = False
         self.made: dict[tuple[int, Role], tuple[Tree, Component | None]] = {}
 
     def node(self, node: Tree, slot: Slot, path: str) -> Component | None:
@@ -63,6 +93,8 @@ class _Maker:
         return known[1]
 
     def _node(self, node: Tree, slot: Slot, path: str) -> Component | None:
+        if node.value is BROKEN:
+            return None
         if isinstance(node.value, str):
             fields, name, place = {}, node.value, node
         elif isinstance(node.value, dict):
@@ -70,27 +102,42 @@ class _Maker:
             place = fields.pop("type", node)
             name = slot.default if place is node else place.value
         else:
-            self._note(path, f"expected a {slot.role}: a type name or a mapping with a `type`", node)
+            message = f"expected a {slot.role}: a type name or a mapping with a `type`; got {said(node)}"
+            self._note(path, message, node)
+            return None
+        if name is BROKEN:
             return None
         if not isinstance(name, str):
-            self._note(path, f"a {slot.role} needs a `type`; known: {', '.join(types(slot.role))}", node)
+            self._note(path, f"a {slot.role} needs a `type`; known: {', '.join(types(slot.role))}", place)
             return None
         try:
             component = find(slot.role, name)
         except ZooError as error:
             self._note(path, str(error), place)
             return None
-        before = len(self.problems)
         values, broken = self._values(component, fields, path)
+        if broken:
+            self.partial.add(id(node))
+            self._drift(component, broken)
         try:
-            made = component(**values)
+            return component(**values)
         except SpecError as error:
-            for problem in error.problems:
-                field = problem.path.split(".")[0].split("[")[0]
+            wrong = {problem.path.split(".")[0].split("[")[0]: problem for problem in error.problems}
+            for field, problem in wrong.items():
                 if field not in broken:
                     self._at(node, path, field, problem)
+        self.wrong.add(id(node))
+        self._drift(component, wrong)
+        try:
+            return component(**{name: value for name, value in values.items() if name not in wrong})
+        except SpecError:
             return None
-        return made if len(self.problems) == before else None
+
+    def _drift(self, component: type[Component], wrong: Iterable[str]) -> None:
+        """Note whether wrong fields of a component, or those that were meant, matter to what stands elsewhere."""
+        if component.role in STREAM:
+            meant = {nearest(field, component.model_fields) or field for field in wrong}
+            self.adrift |= not meant <= HARMLESS
 
     def _values(
         self, component: type[Component], fields: dict[str, Tree], path: str
@@ -101,7 +148,10 @@ class _Maker:
         for name, item in fields.items():
             slot, inside = slots(component).get(name), f"{path}.{name}" if path else name
             if slot is None or item.value is None:
-                values[name] = item.plain()
+                if any(part.value is BROKEN for _, part in walk(item)):
+                    broken.add(name)
+                else:
+                    values[name] = item.plain()
                 continue
             if not slot.many:
                 made = self.node(item, slot, inside)
@@ -111,7 +161,8 @@ class _Maker:
                 parts = [self.node(part, slot, f"{inside}[{index}]") for index, part in enumerate(item.value)]
                 values[name] = tuple(parts)
             else:
-                self._note(inside, f"expected a list of {slot.role}s", item)
+                if item.value is not BROKEN:
+                    self._note(inside, f"expected a list of {slot.role}s; got {said(item)}", item)
                 parts = [None]
             if None in parts:
                 broken.add(name)
@@ -128,3 +179,12 @@ class _Maker:
 
     def _note(self, path: str, message: str, node: Tree) -> None:
         self.problems.append(Problem(path, message, node.mark))
+
+
+def said(node: Tree) -> str:
+    """What stands at a place, for a message."""
+    if isinstance(node.value, dict):
+        return "a mapping"
+    if isinstance(node.value, list):
+        return "a list"
+    return "nothing" if node.value is None else shortened(repr(node.value))

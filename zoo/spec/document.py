@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.component import Component, Role, slots
 from zoo.errors import Problem, SpecError, ZooError, did_you_mean
-from zoo.spec.construct import ROOT, construct
-from zoo.spec.source import parse_yaml, read_text, scalar
+from zoo.spec.construct import ROOT, construct, said
+from zoo.spec.source import parse_yaml, read_text, scalar, shortened
 from zoo.spec.template import Template, compile_document
-from zoo.spec.tree import Tree, merge, tree
+from zoo.spec.tree import BROKEN, Tree, merge, settled, tree
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
@@ -44,7 +44,7 @@ def spec_names() -> list[str]:
 def locate(name: str | Path) -> Path:
     """The file that a path or a shipped name stands for."""
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     shipped = specs_folder() / f"{name}.yaml"
     if isinstance(name, str) and name in spec_names():
@@ -55,15 +55,36 @@ def locate(name: str | Path) -> Path:
     raise ZooError(f"no spec is called {str(name)!r}{did_you_mean(str(name), spec_names())}")
 
 
-def read(name: str | Path) -> Template:
-    """The compiled document of a file or a shipped name, holes and all."""
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the file system allows
+        return False
+
+
+def read(name: str | Path, problems: list[Problem] | None = None) -> Template:
+    """The compiled document of a file or a shipped name, holes and all.
+
+    Every problem is added to `problems`, or without it raised as a `SpecError`.
+    """
     path = locate(name)
-    return compile_document(_extended(parse_yaml(read_text(path), str(path)), [path]))
+    return _compiled(read_text(path), str(path), [path], problems)
 
 
-def read_text_as(text: str, file: str = "<text>") -> Template:
+def read_text_as(text: str, file: str = "<text>", problems: list[Problem] | None = None) -> Template:
     """The compiled document of a text; what it extends is found by name, or from the current folder."""
-    return compile_document(_extended(parse_yaml(text, file), [Path.cwd() / file]))
+    return _compiled(text, file, [Path.cwd() / file], problems)
+
+
+def _compiled(text: str, file: str, files: list[Path], problems: list[Problem] | None) -> Template:
+    found: list[Problem] = []
+    document = _extended(parse_yaml(text, file, found), files, found)
+    template = compile_document(document, found)
+    if problems is not None:
+        problems += found
+    elif found:
+        raise SpecError(found)
+    return template
 
 
 def load(name: str | Path) -> Spec:
@@ -71,12 +92,20 @@ def load(name: str | Path) -> Spec:
 
     A `SpecError` carries every problem of the document with file, line and column; a hole is one.
     """
-    return construct(read(name).closed())  # type: ignore[return-value]
+    problems: list[Problem] = []
+    return finished(read(name, problems), problems)
 
 
 def parse(text: str, file: str = "<text>") -> Spec:
     """The spec that a YAML text describes."""
-    return construct(read_text_as(text, file).closed())  # type: ignore[return-value]
+    problems: list[Problem] = []
+    return finished(read_text_as(text, file, problems), problems)
+
+
+def finished(template: Template, problems: list[Problem] | None = None) -> Spec:
+    """The spec of a template without holes; `problems` are those that are already known."""
+    problems = [] if problems is None else problems
+    return construct(template.closed(problems), problems)  # type: ignore[return-value]
 
 
 def as_spec(given: Spec | Mapping[str, Any] | str | Path) -> Spec:
@@ -86,7 +115,9 @@ def as_spec(given: Spec | Mapping[str, Any] | str | Path) -> Spec:
     if isinstance(given, Component):
         construct_checks(given)
         return given  # type: ignore[return-value]
-    return construct(compile_document(_extended(tree(given), [Path.cwd() / "<mapping>"])).closed())  # type: ignore[return-value]
+    problems: list[Problem] = []
+    document = _extended(tree(given), [Path.cwd() / "<mapping>"], problems)
+    return finished(compile_document(document, problems), problems)
 
 
 def construct_checks(spec: Component) -> None:
@@ -96,41 +127,45 @@ def construct_checks(spec: Component) -> None:
     filled = spec.fill(spec.root())  # type: ignore[attr-defined]
     problems = [Problem(path, message) for path, message in complaints(filled, "")]
     if problems:
-        raise SpecError(dict.fromkeys(problems))
+        raise SpecError(problems)
 
 
-def _extended(document: Tree, files: list[Path]) -> Tree:
+def _extended(document: Tree, files: list[Path], problems: list[Problem]) -> Tree:
     """The document laid on the one that it extends, if any."""
     if not isinstance(document.value, dict):
         raise SpecError([Problem("", "expected a mapping at the top of a spec", document.mark)])
     base = document.entries.get("extends")
     own = {key: item for key, item in document.entries.items() if key != "extends"}
     rest = Tree(own, document.mark, document.keys)
-    if base is None:
-        return rest
+    if base is None or base.value is BROKEN:
+        return settled(rest, problems)
     if not isinstance(base.value, str):
-        raise SpecError([Problem("extends", f"expected the name or path of a spec; got {base.plain()!r}", base.mark)])
+        raise SpecError([Problem("extends", f"expected the name or path of a spec; got {said(base)}", base.mark)])
     try:
         path = _base_file(base.value, files)
+        text = read_text(path)
     except ZooError as error:
-        raise SpecError([Problem("extends", str(error), base.mark)]) from None
-    below = _extended(parse_yaml(read_text(path), str(path)), [*files, path])
+        raise SpecError([*problems, Problem("extends", str(error), base.mark)]) from None
+    below = _extended(parse_yaml(text, str(path), problems), [*files, path], problems)
     about = {key: item for key, item in below.entries.items() if key not in METADATA or key == "zoo"}
-    return merge(Tree(about, below.mark, below.keys), rest)
+    return merge(Tree(about, below.mark, below.keys), rest, problems)
 
 
 def _base_file(name: str, files: list[Path]) -> Path:
     """The file that `extends` names, seen from the last of `files`; it must not leave the project nor go in circles."""
-    if Path(name).suffix in SUFFIXES or name.startswith("."):
-        path = (files[-1].parent / name).resolve()
-        top = _project(files[0].resolve())
+    if name in spec_names():
+        path = specs_folder() / f"{name}.yaml"
+    elif Path(name).suffix in SUFFIXES or name.startswith("."):
+        top, folder = _project(files[0].resolve()), files[-1].parent
+        path = (folder / name).resolve()
         if Path(name).is_absolute() or not path.is_relative_to(top):
             raise ZooError(f"{name!r} leaves the project {top}; give a path inside it, or the name of a shipped spec")
-        if not path.is_file():
-            known = [file.name for file in files[-1].parent.glob("*.y*ml")]
-            raise ZooError(f"no such file: {name!r}{did_you_mean(path.name, known)}")
+        if not _is_file(path):
+            known = [file.relative_to(folder).as_posix() for file in (folder / name).parent.glob("*.y*ml")]
+            raise ZooError(f"no such file: {shortened(name)!r}{did_you_mean(name, known)}")
     else:
-        path = locate(name)
+        hint = "; a path ends in `.yaml`" if "/" in name else did_you_mean(name, spec_names())
+        raise ZooError(f"no spec is called {shortened(name)!r}{hint}")
     if any(path.resolve() == file.resolve() for file in files):
         circle = " -> ".join([*(file.name for file in files), path.name])
         raise ZooError(f"extends itself: {circle}")
@@ -250,4 +285,4 @@ def _dumper() -> type:
     return Dumper
 
 
-__all__ = ["Role", "as_spec", "canonical", "dump", "load", "parse", "read", "spec_hash"]
+__all__ = ["Role", "as_spec", "canonical", "dump", "finished", "load", "parse", "read", "spec_hash"]

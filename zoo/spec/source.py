@@ -1,28 +1,34 @@
 """Text to trees: YAML, read as data and nothing else.
 
 Scalars follow the YAML 1.2 core schema: only `true` and `false` are booleans, `1e-5` is a number, `no` is a word. What
-could make a small file large or ambiguous is refused: duplicate keys, aliases that expand without end, files above
-`MAX_BYTES`, numbers that are not finite.
+could make a small file large or ambiguous is refused: duplicate keys, merge keys, tags, aliases that expand without
+end, files above `MAX_BYTES`, numbers that are not finite.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 from zoo.errors import Mark, Problem, SpecError, ZooError
-from zoo.spec.tree import REMOVE, REPLACE, Scalar, Tree
+from zoo.spec.tree import BROKEN, REMOVE, REPLACE, Broken, Scalar, Tree
 
 MAX_BYTES = 4 * 2**20
 MAX_NODES = 100_000
 MAX_DEPTH = 100
+MAX_PROBLEMS = 100
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+|0o[0-7_]+")
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.inf|\.nan", re.IGNORECASE)
+_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_STRING_TAGS = ("!", "tag:yaml.org,2002:str")
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
     spelling: spelling.lower() == "true" for spelling in ("true", "True", "TRUE", "false", "False", "FALSE")
 }
@@ -35,87 +41,181 @@ def read_text(path: Path) -> str:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ZooError(f"{path}: {size / 2**20:.0f} MiB is no spec; files up to {MAX_BYTES // 2**20} MiB are read")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ZooError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ZooError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-def parse_yaml(text: str, file: str = "<text>") -> Tree:
-    """The one YAML document in `text`; a `SpecError` says where it is malformed."""
-    lines = text.splitlines()
+def parse_yaml(text: str, file: str = "<text>", problems: list[Problem] | None = None) -> Tree:
+    """The one YAML document in `text`; a `SpecError` says where it is malformed.
+
+    Values that cannot be taken are noted in `problems` and become `BROKEN`, so that the rest can be checked; without
+    `problems` they are a `SpecError` too.
+    """
+    text = text.removeprefix("\ufeff")
+    lines = _LINE_BREAK.split(text)
+    found = _UNPRINTABLE.search(text)
+    if found is not None:
+        *before, last = _LINE_BREAK.split(text[: found.start()])
+        place = Mark(file, len(before) + 1, len(last) + 1, _UNPRINTABLE.sub("?", lines[len(before)]))
+        raise SpecError([Problem("", f"not YAML: the control character {found[0]!r}", place)])
+    reader = _Reader(text, file, lines)
     try:
-        nodes = list(yaml.compose_all(text, Loader=_Loader))
+        result = reader.document()
     except yaml.MarkedYAMLError as error:
-        place = error.problem_mark or error.context_mark
-        raise SpecError([Problem("", _explain(error, lines), _mark(place, file, lines))]) from None
-    except yaml.YAMLError as error:
-        raise SpecError([Problem("", f"not YAML: {str(error).splitlines()[0]}", Mark(file, 1, 1))]) from None
-    except RecursionError:
-        raise SpecError([Problem("", "nested too deeply", Mark(file, 1, 1))]) from None
-    if not nodes or nodes[0] is None:
-        raise SpecError([Problem("", "the document is empty; expected a mapping", Mark(file, 1, 1))])
-    if len(nodes) > 1:
-        mark = _mark(nodes[1].start_mark, file, lines)
-        raise SpecError([Problem("", "a second document begins here; a file holds one", mark)])
-    reader = _Reader(file, lines)
-    result = reader.tree(nodes[0], depth=0)
-    if reader.problems:
+        raise SpecError([*reader.problems, reader.explained(error)]) from None
+    if problems is None and reader.problems:
         raise SpecError(reader.problems)
+    if problems is not None:
+        problems += reader.problems
     return result
 
 
-class _Reader:
-    """Turns the nodes of one document into a tree and collects what is wrong with them."""
+class _Sized(NamedTuple):
+    """A value, how many values it holds with aliases written out, and how deep they are nested."""
 
-    def __init__(self, file: str, lines: list[str]) -> None:
+    tree: Tree
+    size: int
+    height: int
+
+
+class _Reader:
+    """Turns the events of one document into a tree and collects what is wrong with it.
+
+    Events, unlike the nodes that PyYAML makes of them, can be refused before a deeply nested text overflows the stack.
+    """
+
+    def __init__(self, text: str, file: str, lines: list[str]) -> None:
+        self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=_Loader))
         self.file = file
         self.lines = lines
         self.problems: list[Problem] = []
+        self.anchors: dict[str, _Sized | None] = {}
         self.count = 0
 
-    def tree(self, node: yaml.Node, depth: int) -> Tree:
-        mark = _mark(node.start_mark, self.file, self.lines)
-        self.count += 1
+    def document(self) -> Tree:
+        next(self.events)
+        if isinstance(next(self.events), yaml.StreamEndEvent):
+            raise SpecError([Problem("", "the document is empty; expected a mapping", Mark(self.file, 1, 1))])
+        result = self.value(next(self.events), depth=0).tree
+        next(self.events)
+        second = next(self.events)
+        if isinstance(second, yaml.DocumentStartEvent):
+            self.refuse("a second document begins here; a file holds one", second)
+        return result
+
+    def mark(self, event: yaml.Event) -> Mark:
+        return self.place(event.start_mark)
+
+    def place(self, mark: yaml.Mark) -> Mark:
+        text = self.lines[mark.line] if mark.line < len(self.lines) else ""
+        return Mark(self.file, mark.line + 1, mark.column + 1, text)
+
+    def refuse(self, message: str, event: yaml.Event) -> None:
+        raise SpecError([*self.problems, Problem("", message, self.mark(event))])
+
+    def note(self, path: str, message: str, event: yaml.Event) -> None:
+        self.problems.append(Problem(path, message, self.mark(event)))
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise SpecError(self.problems)
+
+    def value(self, event: yaml.Event, depth: int) -> _Sized:
+        if isinstance(event, yaml.AliasEvent):
+            known = self.anchors.get(event.anchor)
+            if known is None:
+                held = event.anchor in self.anchors
+                message = "an alias holds itself" if held else f"no anchor `&{event.anchor}` stands above this alias"
+                self.refuse(message, event)
+                raise AssertionError
+            self.grow(known, depth, event)
+            return known
+        self.grow(_Sized(Tree(None), 1, 0), depth, event)
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None:
+            self.anchors[anchor] = None
+        if isinstance(event, yaml.MappingStartEvent):
+            found = self.mapping(event, depth)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            found = self.sequence(event, depth)
+        else:
+            assert isinstance(event, yaml.ScalarEvent)
+            found = _Sized(Tree(self.scalar(event), self.mark(event), tag=self.tag(event)), 1, 0)
+        if anchor is not None:
+            self.anchors[anchor] = found
+        return found
+
+    def grow(self, by: _Sized, depth: int, event: yaml.Event) -> None:
+        self.count += by.size
         if self.count > MAX_NODES:
-            raise SpecError([Problem("", f"aliases expand to more than {MAX_NODES} values", mark)])
-        if depth > MAX_DEPTH:
-            raise SpecError([Problem("", f"nested more than {MAX_DEPTH} levels deep, or an alias holds itself", mark)])
-        tag = node.tag if node.tag in (REMOVE, REPLACE) else ""
-        if (not tag and node.tag.startswith("!")) or "python" in node.tag:
-            self.problems.append(Problem("", f"unknown tag {node.tag!r}; known: {REMOVE}, {REPLACE}", mark))
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, mark, tag, depth)
-        if isinstance(node, yaml.SequenceNode):
-            return Tree([self.tree(item, depth + 1) for item in node.value], mark, tag=tag)
-        return Tree(self._scalar(node, mark), mark, tag=tag)
+            self.refuse(f"more than {MAX_NODES} values, with aliases written out", event)
+        if depth + by.height > MAX_DEPTH:
+            self.refuse(f"nested more than {MAX_DEPTH} levels deep", event)
 
-    def _mapping(self, node: yaml.MappingNode, mark: Mark | None, tag: str, depth: int) -> Tree:
-        entries: dict[str, Tree] = {}
+    def tag(self, event: yaml.Event) -> str:
+        """A tag that `merge` understands; any other is noted."""
+        given = getattr(event, "tag", None)
+        if given in (REMOVE, REPLACE):
+            return given
+        if given is not None and not (isinstance(event, yaml.ScalarEvent) and given in _STRING_TAGS):
+            self.note("", f"unknown tag {given!r}; known: {REMOVE}, {REPLACE}", event)
+        return ""
+
+    def sequence(self, start: yaml.SequenceStartEvent, depth: int) -> _Sized:
+        tag, items = self.tag(start), []
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            items.append(self.value(event, depth + 1))
+        return _around(Tree([item.tree for item in items], self.mark(start), tag=tag), items)
+
+    def mapping(self, start: yaml.MappingStartEvent, depth: int) -> _Sized:
+        tag = self.tag(start)
+        entries: dict[str, _Sized] = {}
         keys: dict[str, Mark] = {}
-        for key_node, value_node in node.value:
-            key_mark = _mark(key_node.start_mark, self.file, self.lines)
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(Problem("", "a key must be a word", key_mark))
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            name = self.value(event, depth + 1).tree
+            inside = self.value(next(self.events), depth + 1)
+            if not isinstance(event, yaml.ScalarEvent):
+                self.note("", "a key must be a word", event)
                 continue
-            key = key_node.value
-            if key in entries:
-                first = keys[key]
-                self.problems.append(Problem(key, f"the key stands twice; the first is on line {first.line}", key_mark))
-                continue
-            entries[key] = self.tree(value_node, depth + 1)
-            if key_mark is not None:
-                keys[key] = key_mark
-        return Tree(entries, mark, keys, tag)
+            key = event.value
+            if key == "<<" and not event.style:
+                self.note("", "merge keys are not read; use `extends`, or a name of `vars`", event)
+            elif key in entries:
+                self.note(key, f"the key stands twice; the first is on line {keys[key].line}", event)
+            else:
+                entries[key] = inside
+                assert name.mark is not None
+                keys[key] = name.mark
+        held = {key: item.tree for key, item in entries.items()}
+        return _around(Tree(held, self.mark(start), keys, tag), list(entries.values()))
 
-    def _scalar(self, node: yaml.Node, mark: Mark | None) -> Scalar:
-        if getattr(node, "style", None):
-            return str(node.value)
-        value = scalar(str(node.value))
+    def scalar(self, event: yaml.ScalarEvent) -> Scalar | Broken:
+        if event.style or event.tag in _STRING_TAGS:
+            return event.value
+        value = scalar(event.value)
         if isinstance(value, float) and not math.isfinite(value):
-            self.problems.append(Problem("", f"numbers must be finite; got {node.value}", mark))
+            self.note("", f"numbers must be finite; got {shortened(event.value)}", event)
+            return BROKEN
         return value
+
+    def explained(self, error: yaml.MarkedYAMLError) -> Problem:
+        """The parser's complaint; where it is about the end of the text, at what was never closed."""
+        mark = error.problem_mark
+        assert mark is not None
+        ended = not "".join(self.lines[mark.line :]).strip()
+        place = self.place(error.context_mark if ended and error.context_mark is not None else mark)
+        line = self.lines[mark.line] if mark.line < len(self.lines) else ""
+        if "\t" in line[: len(line) - len(line.lstrip())]:
+            return Problem("", "not YAML: a tab in the indentation; use blanks", place)
+        if error.context == "while scanning a tag":
+            return Problem("", "not YAML: a tag ends with a blank: `{window: !remove }`", place)
+        parts = [part for part in (error.problem, error.context) if part]
+        return Problem("", "not YAML: " + ", ".join(parts), place)
+
+
+def _around(tree: Tree, items: list[_Sized]) -> _Sized:
+    return _Sized(tree, 1 + sum(item.size for item in items), 1 + max((item.height for item in items), default=0))
 
 
 def scalar(text: str) -> Scalar:
@@ -123,7 +223,8 @@ def scalar(text: str) -> Scalar:
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text) and len(text) < 400:
-        return int(text.replace("_", ""), 0)
+        digits = text.replace("_", "")
+        return int(digits, 0) if digits[:2] in ("0x", "0o") else int(digits)
     if _FLOAT.fullmatch(text):
         return float(text.replace("_", ""))
     if _NOT_FINITE.fullmatch(text):
@@ -131,17 +232,6 @@ def scalar(text: str) -> Scalar:
     return text
 
 
-def _mark(place: yaml.Mark | None, file: str, lines: list[str]) -> Mark | None:
-    if place is None:
-        return None
-    text = lines[place.line] if place.line < len(lines) else ""
-    return Mark(file, place.line + 1, place.column + 1, text)
-
-
-def _explain(error: yaml.MarkedYAMLError, lines: list[str]) -> str:
-    place = error.problem_mark
-    line = lines[place.line] if place is not None and place.line < len(lines) else ""
-    if "\t" in line[: len(line) - len(line.lstrip())]:
-        return "not YAML: a tab in the indentation; use blanks"
-    parts = [part for part in (error.problem, error.context) if part]
-    return "not YAML: " + ", ".join(parts)
+def shortened(text: str, most: int = 60) -> str:
+    """A text for a message, cut where it is long."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

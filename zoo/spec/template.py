@@ -15,16 +15,17 @@ nodes; with no holes there is nothing to choose. The language:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean
 from zoo.expression import Expression, ExpressionError, is_expression, parse
-from zoo.spec.tree import Scalar, Tree, merge
+from zoo.spec.tree import BROKEN, HOLE_KINDS, REPLACE, Scalar, Tree, merge
 
 MAX_LAYERS = 4096
-HOLE_KINDS = ("choice", "int", "float")
+MAX_VALUES = 100_000
+MAX_NAMES = 50
 NAMED_FIELDS = ("width", "context")
 """Fields of the model that expressions may use by name."""
 
@@ -145,19 +146,23 @@ class Template:
         """The document with every hole decided by `choose`; a `SpecError` tells of expressions without a value."""
         return Filling(self, choose).document()
 
-    def closed(self) -> Tree:
-        """The document of a template without holes; each hole is a problem, all are reported."""
-        problems: list[Problem] = []
+    def closed(self, problems: list[Problem] | None = None) -> Tree:
+        """The document of a template that should have no holes.
+
+        Each hole is a problem, and takes its first value so that the rest can be checked. Problems are added to
+        `problems`, or without it raised as a `SpecError`.
+        """
+        found: list[Problem] = []
 
         def refuse(hole: Hole, path: str) -> Any:
             message = "a hole, but a finished spec is needed here; `zoo search` fills holes, or write a value"
-            problems.append(Problem(path, message, hole.mark))
+            found.append(Problem(path, message, hole.mark))
             return hole.options[0].label if hole.options else int(hole.low) if hole.kind == "int" else hole.low
 
-        filled = self.fill(refuse)
-        if problems:
-            raise SpecError(problems)
-        return filled
+        filling = Filling(self, refuse)
+        document = filling.part(self.root, "")
+        _add([*found, *filling.problems], problems)
+        return document
 
 
 class Filling:
@@ -168,6 +173,7 @@ class Filling:
         self.choose = choose
         self.values: dict[str, Tree] = {}
         self.open: list[str] = []
+        self.extents: dict[int, tuple[Tree, int, int]] = {}
         self.problems: list[Problem] = []
 
     def document(self) -> Tree:
@@ -218,12 +224,14 @@ class Filling:
     def formula(self, formula: Formula, path: str) -> Tree:
         try:
             names = {name: self.variable(name, formula) for name in formula.expression.names}
+            if any(item.value is BROKEN for item in names.values()):
+                return Tree(BROKEN, formula.mark)
             if formula.expression.text[1:] in names:
                 return names[formula.expression.text[1:]]
             value = formula.expression.evaluate({name: item.plain() for name, item in names.items()})
         except ExpressionError as error:
             self.problems.append(Problem(path, error.message, _shift(formula.mark, error.column)))
-            return Tree(None, formula.mark)
+            return Tree(BROKEN, formula.mark)
         return Tree(value, formula.mark)
 
     def variable(self, name: str, formula: Formula) -> Tree:
@@ -239,22 +247,39 @@ class Filling:
         if name in self.open:
             circle = " -> ".join([*self.open[self.open.index(name) :], name])
             raise ExpressionError(f"{name!r} is defined by itself: {circle}", formula.expression.text, column)
+        if len(self.open) == MAX_NAMES:
+            message = f"{name!r} stands behind {MAX_NAMES} names that rest on each other"
+            raise ExpressionError(message, formula.expression.text, column)
         self.open.append(name)
         try:
-            self.values[name] = self.part(part, name)
+            value = self.part(part, name)
         finally:
             self.open.pop()
-        return self.values[name]
+        size, height = _extent(value, self.extents)
+        if size > MAX_VALUES or height > MAX_NAMES:
+            message = f"{name!r} holds more than {MAX_VALUES} values or {MAX_NAMES} levels, with all names written out"
+            raise ExpressionError(message, formula.expression.text, column)
+        self.values[name] = value
+        return value
 
 
-def compile_document(source: Tree) -> Template:
-    """The template of a document whose `extends` is resolved; a `SpecError` carries all problems of its patterns."""
+def compile_document(source: Tree, problems: list[Problem] | None = None) -> Template:
+    """The template of a document whose `extends` is resolved.
+
+    What is wrong with its patterns is added to `problems`, or without it raised as a `SpecError`.
+    """
     compiler = _Compiler(source)
     entries = {key: item for key, item in source.entries.items() if key != "vars"}
     root = Fields({key: compiler.part(item, key) for key, item in entries.items()}, source.with_entries(entries))
-    if compiler.problems:
-        raise SpecError(compiler.problems)
+    _add(compiler.problems, problems)
     return Template(root, compiler.variables)
+
+
+def _add(found: list[Problem], problems: list[Problem] | None) -> None:
+    if problems is not None:
+        problems += found
+    elif found:
+        raise SpecError(found)
 
 
 class _Compiler:
@@ -268,9 +293,13 @@ class _Compiler:
         if declared is not None and not isinstance(declared.value, dict):
             self.complain("vars", "expected a mapping from names to values", declared.mark)
         self.declared = declared.entries if declared is not None else {}
+        self.named = {name: source.entries[name] for name in NAMED_FIELDS if name in source.entries} | self.declared
+        self.unfolding: list[Tree] = []
+        self.open: list[str] = []
         for name, item in self.declared.items():
-            if not name.isidentifier():
-                self.complain(f"vars.{name}", f"{name!r} is no name: letters, digits and _ only", item.mark)
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                place = declared.key_place(name) if declared is not None else None
+                self.complain(f"vars.{name}", f"{name!r} is no name: letters, digits and _ only", place)
             part = self.part(item, f"vars.{name}")
             self.variables[name] = replace(part, name=name) if isinstance(part, Hole) else part
 
@@ -312,7 +341,7 @@ class _Compiler:
             return Formula(parse(text), node.mark)
         except ExpressionError as error:
             self.complain(path, error.message, _shift(node.mark, error.column))
-            return Leaf(Tree(None, node.mark))
+            return Leaf(Tree(BROKEN, node.mark))
 
     def _sequence(self, node: Tree, path: str, *, alone: bool = False) -> Part:
         return self._items(list(self._expand(node, path, alone)), path, node.mark)
@@ -343,9 +372,20 @@ class _Compiler:
                 self.complain(where, "counts from the end, but the number of layers is still open", place)
             elif len(picked) == 0 and fixed:
                 self.complain(where, f"picks none of the {len(items)} layers", place)
+            change = self._named_tree(change)
+            unknown: list[list[Problem]] = []
             for index in picked:
                 item, suffix, guards = items[index]
-                items[index] = (merge(item, self._named_tree(change)), suffix, guards)
+                if isinstance(item.value, str) and item.value.startswith("$") and not _whole(change):
+                    message = f"{item.value} is no single layer; only a whole layer with its `type` can replace it"
+                    self.complain(where, message, place)
+                    break
+                missing: list[Problem] = []
+                items[index] = (merge(item, change, missing, where), suffix, guards)
+                unknown.append(missing)
+            for problem in unknown[0] if unknown else ():
+                if all(problem in missing for missing in unknown):
+                    self.problems.append(problem)
         if not isinstance(overrides.value, dict):
             self.complain(path, "`overrides` must be a mapping from indices or slices to changes", overrides.mark)
         return self._items(items, path, node.mark)
@@ -365,11 +405,25 @@ class _Compiler:
     def _repeated(
         self, item: Tree, path: str, suffix: str, guards: tuple[Guard, ...]
     ) -> Iterator[tuple[Tree, str, tuple[Guard, ...]]]:
-        item = self._named_tree(item)
+        written, item = item, self._named_tree(item)
         entries = item.entries
         if "repeat" not in entries and "of" not in entries:
             yield item, suffix, guards
             return
+        if item in self.unfolding or len(self.unfolding) == MAX_NAMES:
+            self.complain(path + suffix, f"the pattern {written.value} holds itself or too many others", written.mark)
+            return
+        self.unfolding.append(item)
+        try:
+            yield from self._turns(item, path, suffix, guards)
+        finally:
+            self.unfolding.pop()
+
+    def _turns(
+        self, item: Tree, path: str, suffix: str, guards: tuple[Guard, ...]
+    ) -> Iterator[tuple[Tree, str, tuple[Guard, ...]]]:
+        """The items of a pattern, as often as they can be repeated."""
+        entries = item.entries
         for key in ("repeat", "of"):
             if key not in entries:
                 self.complain(path + suffix, f"a pattern needs `repeat` and `of`; {key!r} is missing", item.mark)
@@ -381,14 +435,18 @@ class _Compiler:
         count = self.part(entries["repeat"], f"{path}{suffix}.repeat")
         fixed, most = self._most(count, f"{path}{suffix}.repeat", entries["repeat"].mark)
         body = entries["of"]
+        parts = body.items if isinstance(body.value, list) else [body]
         for turn in range(most):
             place = f"{suffix}[{turn}]"
             inside = guards if fixed else (*guards, Guard(count, f"{path}{suffix}.repeat", turn))
-            if isinstance(body.value, list):
-                for number, part in enumerate(body.value):
-                    yield from self._repeated(part, path, f"{place}[{number}]", inside)
-            else:
-                yield from self._repeated(body, path, place, inside)
+            empty = True
+            for number, part in enumerate(parts):
+                tail = f"[{number}]" if isinstance(body.value, list) else ""
+                for found in self._repeated(part, path, place + tail, inside):
+                    empty = False
+                    yield found
+            if empty:
+                return
 
     def _named_tree(self, item: Tree) -> Tree:
         """The mapping that `$name` stands for, so that overrides can be laid on it; anything else as it is."""
@@ -401,9 +459,14 @@ class _Compiler:
     def _most(self, count: Part, path: str, mark: Mark | None) -> tuple[bool, int]:
         """Whether a count is fixed, and the largest that it can be."""
         try:
-            values = list(possible(count, self.variables))
+            values = list(self._possible(count))
+        except ExpressionError as error:
+            self.complain(path, error.message, _shift(mark, error.column))
+            return True, 0
         except ZooError as error:
             self.complain(path, str(error), mark)
+            return True, 0
+        if BROKEN in values:
             return True, 0
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -413,6 +476,45 @@ class _Compiler:
             self.complain(path, f"at most {MAX_LAYERS} repetitions; got {max(values)}", mark)
             return True, 0
         return len(set(values)) <= 1, max(values, default=0)
+
+    def _possible(self, part: Part) -> Iterator[Any]:
+        """Every value that a number of repetitions can take."""
+        if isinstance(part, Leaf):
+            yield part.value.value
+        elif isinstance(part, Formula):
+            yield from self._formula_values(part.expression)
+        elif isinstance(part, Hole) and part.kind != "float":
+            yield from part.labels() if part.kind == "int" else ()
+            for option in part.options:
+                yield from self._possible(option.part)
+        else:
+            raise ZooError("a number of repetitions is whole; use a number, `int` or `choice`")
+
+    def _formula_values(self, expression: Expression) -> Iterator[Any]:
+        """The values of an expression under all values of its names."""
+        assignments: list[dict[str, Any]] = [{}]
+        for name, column in sorted(expression.columns.items()):
+            values = self._name_values(name, expression.text, column)
+            if len(assignments) * len(values) > MAX_LAYERS:
+                raise ExpressionError("the number of repetitions depends on too many choices", expression.text, column)
+            assignments = [{**known, name: value} for known in assignments for value in values]
+        for assignment in assignments:
+            broken = any(value is BROKEN for value in assignment.values())
+            yield BROKEN if broken else expression.evaluate(assignment)
+
+    def _name_values(self, name: str, text: str, column: int) -> list[Any]:
+        if name not in self.named:
+            raise ExpressionError(f"unknown name {name!r}{did_you_mean(name, self.named)}", text, column)
+        if name in self.open:
+            circle = " -> ".join([*self.open[self.open.index(name) :], name])
+            raise ExpressionError(f"{name!r} is defined by itself: {circle}", text, column)
+        if len(self.open) == MAX_NAMES:
+            raise ExpressionError(f"{name!r} stands behind {MAX_NAMES} names that rest on each other", text, column)
+        self.open.append(name)
+        try:
+            return list(self._possible(self.part(self.named[name], name)))
+        finally:
+            self.open.pop()
 
     def _hole(self, node: Tree, path: str) -> Part:
         kinds = [kind for kind in HOLE_KINDS if kind in node.entries]
@@ -479,43 +581,24 @@ class _Compiler:
         return Hole(kind, low=low, high=high - (high - low) % step if whole else high, step=step, log=log)
 
 
-def possible(part: Part, variables: Mapping[str, Part]) -> Iterator[Any]:
-    """Every value that a number of repetitions can take."""
-    if isinstance(part, Leaf):
-        yield part.value.value
-    elif isinstance(part, Hole):
-        if part.kind == "float":
-            raise ZooError("a number of repetitions is whole; use `int` or `choice`")
-        yield from (part.labels() if part.kind == "int" else _option_values(part, variables))
-    elif isinstance(part, Formula):
-        yield from _formula_values(part, variables)
-    else:
-        raise ZooError("expected a whole number of repetitions")
+def _whole(change: Tree) -> bool:
+    """Whether what is laid on a layer needs nothing below it."""
+    return change.tag == REPLACE or not isinstance(change.value, dict) or "type" in change.value
 
 
-def _option_values(hole: Hole, variables: Mapping[str, Part]) -> Iterator[Any]:
-    for option in hole.options:
-        yield from possible(option.part, variables)
-
-
-def _formula_values(formula: Formula, variables: Mapping[str, Part]) -> Iterator[Any]:
-    """The values of an expression under all values of its names."""
-    names = sorted(formula.expression.names)
-    assignments: list[dict[str, Any]] = [{}]
-    for name in names:
-        if name not in variables:
-            raise ZooError(f"unknown name {name!r}{did_you_mean(name, variables)}")
-        values = list(possible(variables[name], variables))
-        assignments = [{**known, name: value} for known in assignments for value in values]
-        if len(assignments) > MAX_LAYERS:
-            raise ZooError("the number of repetitions depends on too many choices")
-    for assignment in assignments:
-        yield formula.expression.evaluate(assignment)
+def _extent(node: Tree, known: dict[int, tuple[Tree, int, int]]) -> tuple[int, int]:
+    """How many values a tree holds, those that stand at several places counted at each, and how deep it is."""
+    if id(node) not in known:
+        inside = [_extent(item, known) for item in [*node.entries.values(), *node.items]]
+        size, height = 1 + sum(size for size, _ in inside), 1 + max((height for _, height in inside), default=0)
+        known[id(node)] = (node, size, height)
+    return known[id(node)][1:]
 
 
 def _slice(text: str) -> slice:
     """Python's indices and slices: `3`, `-1`, `::8`, `2:10:2`."""
-    if not re.fullmatch(r"-?\d+|(-?\d+)?:(-?\d+)?(:(-?\d+)?)?", text):
+    number = "-?[0-9]{1,9}"
+    if not re.fullmatch(f"{number}|({number})?:({number})?(:({number})?)?", text):
         raise ZooError(f"expected an index or a slice such as '3', '-1', '2:8' or '::8'; got {text!r}")
     numbers = [int(part) if part else None for part in text.split(":")]
     if len(numbers) > 1:
@@ -534,7 +617,7 @@ def _counts_from_end(text: str) -> bool:
 def _label(item: Tree) -> Scalar:
     """What names an option: a scalar itself, else the type of a node, or of its mixer."""
     if not isinstance(item.value, dict | list):
-        return item.value
+        return None if item.value is BROKEN else item.value
     for key in ("type", "mixer", "channel"):
         inner = item.entries.get(key)
         if inner is not None:

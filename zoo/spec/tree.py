@@ -9,21 +9,33 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
-from zoo.errors import Mark
+from zoo.errors import Mark, Problem
 
 REMOVE = "!remove"
 REPLACE = "!replace"
+OVERRIDES = "overrides"
+HOLE_KINDS = ("choice", "int", "float")
 
 Scalar = None | bool | int | float | str
+
+
+class Broken(Enum):
+    """A value that could not be taken and was complained about: nothing that rests on it is."""
+
+    VALUE = "broken"
+
+
+BROKEN: Final = Broken.VALUE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tree:
     """A value and its place. `keys` holds the places of a mapping's keys; `tag` is `!remove`, `!replace` or empty."""
 
-    value: Scalar | list[Tree] | dict[str, Tree]
+    value: Scalar | Broken | list[Tree] | dict[str, Tree]
     mark: Mark | None = None
     keys: Mapping[str, Mark] = field(default_factory=dict)
     tag: str = ""
@@ -49,18 +61,21 @@ class Tree:
     def with_entries(self, entries: dict[str, Tree]) -> Tree:
         return Tree(entries, self.mark, self.keys)
 
-    def place(self, path: str) -> Mark | None:
-        """Where the value at `path` (`body.layers[3].mixer`) was written, or the nearest thing above it."""
-        mark, node = self.mark, self
+    def at(self, path: str) -> tuple[Tree, bool]:
+        """The value at `path` (`body.layers[3].mixer`), or the nearest thing above it and False."""
+        node = self
         for part in re.findall(r"[^.\[\]]+", path):
             if part.isdigit() and isinstance(node.value, list) and int(part) < len(node.value):
                 node = node.value[int(part)]
             elif part in node.entries:
                 node = node.entries[part]
             else:
-                break
-            mark = node.mark or mark
-        return mark
+                return node, False
+        return node, True
+
+    def place(self, path: str) -> Mark | None:
+        """Where the value at `path` was written, or the nearest thing above it."""
+        return self.at(path)[0].mark or self.mark
 
     def key_place(self, key: str) -> Mark | None:
         """Where a key of this mapping was written."""
@@ -78,42 +93,68 @@ def tree(value: Any) -> Tree:
     return Tree(value)
 
 
-def merge(base: Tree, over: Tree) -> Tree:
+def merge(
+    base: Tree, over: Tree, problems: list[Problem] | None = None, path: str = "", *, later: bool = False
+) -> Tree:
     """`over` laid on `base`: mappings merge key by key, anything else replaces.
 
     A mapping whose `type` differs from the one below replaces it, since its keys mean something else; so does one
-    tagged `!replace`. A key tagged `!remove` takes the one below away.
+    tagged `!replace`, a hole of another kind, and a pattern laid on what is none. A key tagged `!remove` takes the one
+    below away; where there is none `problems` gets a note. With `later` the result is itself to be laid on something,
+    as the changes under `overrides` are, and keeps its tags.
     """
-    if over.tag == REPLACE or not isinstance(over.value, dict):
-        return Tree(over.value, over.mark, over.keys)
+    if over.tag == REPLACE or not isinstance(over.value, dict) or _replaces(base, over):
+        return over if later else settled(over, problems, path)
     if not isinstance(base.value, dict):
-        return _as_node(base, over)
-    new_type, old_type = over.entries.get("type"), base.entries.get("type")
-    if new_type is not None and (old_type is None or new_type.value != old_type.value):
-        return without_tags(over)
+        return merge(Tree({"type": base}, base.mark), over, problems, path, later=later)
     entries = dict(base.entries)
+    changes = later or path.endswith(OVERRIDES)
     for key, item in over.entries.items():
-        if item.tag == REMOVE:
-            entries.pop(key, None)
+        inside = f"{path}.{key}" if path else key
+        if key in entries and not (item.tag == REMOVE and not later):
+            entries[key] = merge(entries[key], item, problems, inside, later=changes)
+        elif key in entries:
+            del entries[key]
+        elif later:
+            entries[key] = item
         else:
-            entries[key] = merge(entries[key], item) if key in entries else without_tags(item)
+            entries |= settled(Tree({key: item}, over.mark, over.keys), problems, path).entries
     return Tree(entries, over.mark or base.mark, {**base.keys, **over.keys})
 
 
-def _as_node(base: Tree, over: Tree) -> Tree:
-    """A mapping laid on the scalar that stands for a node without fields: `rmsnorm` under `{eps: 1e-6}`."""
-    if isinstance(base.value, str) and not base.value.startswith("$") and "type" not in over.entries:
-        return merge(Tree({"type": base}, base.mark), over)
-    return without_tags(over)
+def _replaces(base: Tree, over: Tree) -> bool:
+    """Whether a mapping takes the place of what is below."""
+    old, new = base.entries, over.entries
+    if not isinstance(base.value, dict):
+        fields_of_type = isinstance(base.value, str) and not base.value.startswith("$") and not _shape(new)
+        return not fields_of_type or "type" in new
+    new_type, old_type = new.get("type"), old.get("type")
+    if new_type is not None and (old_type is None or new_type.value != old_type.value):
+        return True
+    return bool(_shape(new)) and _shape(new) != _shape(old)
 
 
-def without_tags(node: Tree) -> Tree:
-    """The same with `!remove` entries dropped and tags forgotten, for where there is nothing below."""
+def _shape(entries: Mapping[str, Tree]) -> str:
+    """What makes a mapping more than fields: the kind of a hole, or a whole pattern."""
+    kind = next((kind for kind in HOLE_KINDS if kind in entries), "")
+    return kind or ("repeat" if {"repeat", "of"} <= set(entries) else "")
+
+
+def settled(node: Tree, problems: list[Problem] | None = None, path: str = "") -> Tree:
+    """The same without tags, for where there is nothing below; `!remove` is noted, since it has nothing to remove."""
     if isinstance(node.value, dict):
-        kept = {key: without_tags(item) for key, item in node.value.items() if item.tag != REMOVE}
+        kept: dict[str, Tree] = {}
+        for key, item in node.value.items():
+            inside = f"{path}.{key}" if path else key
+            if item.tag == REMOVE:
+                if problems is not None:
+                    problems.append(Problem(inside, f"there is no {key!r} to remove", node.key_place(key)))
+            else:
+                kept[key] = item if path.endswith(OVERRIDES) else settled(item, problems, inside)
         return Tree(kept, node.mark, node.keys)
     if isinstance(node.value, list):
-        return Tree([without_tags(item) for item in node.value], node.mark)
+        items = [settled(item, problems, f"{path}[{index}]") for index, item in enumerate(node.value)]
+        return Tree(items, node.mark)
     return Tree(node.value, node.mark)
 
 

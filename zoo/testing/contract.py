@@ -17,20 +17,22 @@ from zoo.cost import Call
 from zoo.docs import field_docs
 from zoo.testing.flops import counted_flops
 from zoo.testing.subject import Example, Subject, module, tensors
-from zoo.testing.tolerance import assert_close, error
+from zoo.testing.tolerance import GRADIENT_SLACK, ROUNDINGS, assert_close, error
 
 HALF_SLACK = 8.0
 """How much more bfloat16 may err than a single rounding of each weight and input does."""
 FLOP_SHARE = 0.01
+COUNTED = (Role.MIXER, Role.CHANNEL, Role.NORM, Role.LINEAR)
+"""Roles whose cost is their own and not that of what stands inside them."""
 LONG = 4096
 """Tokens at which what is quadratic stands out."""
 
 
-def where(applies: Callable[[Example], bool]) -> Callable[[Any], Any]:
-    """Run a test on those examples only."""
+def where(applies: Callable[[Example], bool], *, once: bool = False) -> Callable[[Any], Any]:
+    """Run a test on those examples only, or on the first of them for each component."""
 
     def mark(test: Any) -> Any:
-        test.applies = applies
+        test.applies, test.once = applies, once
         return test
 
     return mark
@@ -70,7 +72,10 @@ class ComponentContract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "example" in metafunc.fixturenames:
             applies = getattr(metafunc.function, "applies", is_built)
-            metafunc.parametrize("example", [each for each in self.examples if applies(each)], ids=str)
+            chosen = [each for each in self.examples if applies(each)]
+            if getattr(metafunc.function, "once", False):
+                chosen = list({type(each.component): each for each in reversed(chosen)}.values())[::-1]
+            metafunc.parametrize("example", chosen, ids=str)
 
     def test_settings_are_right(self, example: Example) -> None:
         assert example.complaints == []
@@ -163,13 +168,9 @@ class ComponentContract:
 
     @where(lambda example: is_built(example) and example.streams)
     def test_gradients_pass_through_a_state(self, example: Example) -> None:
-        subject = Subject(example)
-        x = subject.inputs()
-        whole = gradients(subject, subject(x))
-        middle = example.tokens // 2 + 1
-        pieces = gradients(subject, in_pieces(subject, x, [middle, example.tokens - middle], grad=True))
-        for name, gradient in whole.items():
-            assert_close(pieces[name], gradient, what=name)
+        subject = Subject(example, dtype=torch.float32)
+        x, first = subject.inputs(), example.tokens // 2 + 1
+        assert_same_gradients(subject, x, in_pieces(subject, x, [first, example.tokens - first], grad=True))
 
     @where(lambda example: is_built(example) and example.packs)
     def test_packed_equals_separate(self, example: Example) -> None:
@@ -305,15 +306,30 @@ class ComponentContract:
         subject = Subject(example, dtype=torch.float32)
         x = subject.inputs()
         torch.compiler.reset()
-        compiled = torch.compile(lambda x: subject(x), fullgraph=True, backend="aot_eager")
-        expected, actual = subject(x), compiled(x)
-        assert_close(actual, expected)
-        if expected.requires_grad:
-            exact = gradients(subject, expected)
-            for name, gradient in gradients(subject, actual).items():
-                assert_close(gradient, exact[name], what=name)
+        compiled = torch.compile(lambda x: subject(x), fullgraph=True, backend="eager")
+        with torch.no_grad():
+            assert_close(compiled(x), subject(x))
 
-    @where(lambda example: example.component.role in (Role.MIXER, Role.CHANNEL, Role.NORM, Role.LINEAR))
+    @where(lambda example: is_built(example) and example.streams, once=True)
+    def test_compiles_from_a_state(self, example: Example) -> None:
+        subject = Subject(example, dtype=torch.float32)
+        x, past = subject.inputs(), example.tokens // 2
+        torch.compiler.reset()
+        compiled = torch.compile(subject.run, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            _, state = subject.run(x[:, :past], state=subject.start(2, example.tokens))
+            assert_close(compiled(x[:, past:], state=state)[0], subject.run(x[:, past:], state=state)[0])
+
+    @where(is_built, once=True)
+    def test_compiled_gradients_are_right(self, example: Example) -> None:
+        subject = Subject(example, dtype=torch.float32)
+        x = subject.inputs()
+        torch.compiler.reset()
+        # With the decompositions of the default backend, whose strides are the real ones, but without its code.
+        compiled = torch.compile(lambda x: subject(x), fullgraph=True, backend="aot_eager_decomp_partition")
+        assert_same_gradients(subject, x, compiled(x))
+
+    @where(lambda example: example.component.role in COUNTED)
     def test_linear_time_is_true(self, example: Example) -> None:
         once, twice = (long_flops(example, tokens) for tokens in (LONG, 2 * LONG))
         if example.component.traits.linear_time:
@@ -326,7 +342,7 @@ class ComponentContract:
         mine = (each for each in self.examples if type(each.component) is type(example.component))
         return next(mine) == example
 
-    @where(lambda example: is_built(example) and example.spec is None and example.component.role is not Role.RESIDUAL)
+    @where(lambda example: example.component.role in (*COUNTED, Role.ACTIVATION, Role.POSITION))
     def test_any_length_is_true(self, example: Example) -> None:
         shapes = [
             {name: parameter.shape for name, parameter in declared(component, scope)}
@@ -372,6 +388,20 @@ def gradients(subject: Subject, y: Tensor) -> dict[str, Tensor]:
     found = torch.autograd.grad((y * weights).sum(), list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(tensor) if gradient is None else gradient for (name, tensor), gradient in pairs}
+
+
+def assert_same_gradients(subject: Subject, x: Tensor, y: Tensor) -> None:
+    """Fail unless `y`, computed from `x` in float32 in some way, has the gradients that a plain call has."""
+    twin = Subject(subject.example)
+    twin.module.load_state_dict(subject.module.state_dict())
+    expected, wide = subject(x), x.double() if x.dtype.is_floating_point else x
+    assert_close(y, expected)
+    if not expected.requires_grad:
+        return
+    exact, plain = gradients(twin, twin(wide)), gradients(subject, expected)
+    for name, gradient in gradients(subject, y).items():
+        noisy = GRADIENT_SLACK * error(plain[name], exact[name]) > ROUNDINGS * torch.finfo(torch.float32).eps
+        assert_close(gradient, exact[name], plain=plain[name] if noisy else None, slack=GRADIENT_SLACK, what=name)
 
 
 def flops(subject: Subject, x: Tensor, **options: Any) -> int:

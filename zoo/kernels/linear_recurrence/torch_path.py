@@ -12,6 +12,10 @@ from zoo.kernels.checks import at_least_float32
 from zoo.kernels.segments import runs
 
 
+# Elements of the largest tensor between two products, kept near the size of a core's second-level cache.
+_SPAN_ELEMENTS = 1 << 19
+
+
 def recurrence(
     q: Tensor,
     k: Tensor,
@@ -40,7 +44,7 @@ def recurrence(
     if tokens == 1:
         out, state = _step(q, k, v, log_decay, state)
     else:
-        out, state = _chunked(q, k, v, log_decay, state, segments, min(chunk, tokens))
+        out, state = _in_spans(q, k, v, log_decay, state, segments, min(chunk, tokens))
     return out.to(out_dtype), state
 
 
@@ -65,7 +69,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tens
     return out.view(batch, 1, heads, value_dim), S.view(state.shape)
 
 
-def _chunked(
+def _in_spans(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -74,6 +78,36 @@ def _chunked(
     segments: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
+    """A few chunks after another, so that what is between the products stays in the cache."""
+    batch, tokens, heads, value_dim = v.shape
+    a_chunk = batch * chunk * heads * max(chunk, value_dim)
+    # A compiler fuses the passes itself, and would have one graph for each span.
+    span = tokens if torch.compiler.is_compiling() else chunk * max(1, _SPAN_ELEMENTS // max(1, a_chunk))
+    pieces = [x.split(span, 1) for x in (q, k, v)]
+    count = len(pieces[0])
+    decays = [log_decay] * count if log_decay is None or log_decay.dim() == 1 else log_decay.split(span, 1)
+    run = None if segments is None else runs(segments)
+    run_pieces = [None] * count if run is None else run.split(span, 1)
+    before = None if run is None else run[:, :1]
+    outputs = []
+    for q_, k_, v_, decay, run_ in zip(*pieces, decays, run_pieces, strict=True):
+        out, state = _chunked(q_, k_, v_, decay, state, run_, before, chunk)
+        outputs.append(out)
+        before = None if run_ is None else run_[:, -1:]
+    return torch.cat(outputs, 1), state
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    run: Tensor | None,
+    run_before: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """`run` numbers the runs of equal segments, `[batch, tokens]`; `run_before` is the state's, `[batch, 1]`."""
     batch, tokens, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     chunks = -(-tokens // chunk)
@@ -91,12 +125,11 @@ def _chunked(
     # [batch, chunks, groups, chunk, per_group, 1], with 1 where they do not depend on a dimension.
     from_start = to_end = None
     visible = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    if segments is not None:
-        run = runs(segments)
+    if run is not None and run_before is not None:
         run = torch.cat([run, run[:, -1:].expand(-1, padding)], 1).view(batch, chunks, 1, chunk)
         visible = visible & (run.unsqueeze(-1) == run.unsqueeze(-2))
         last = run[..., -1:]
-        before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1)
+        before = torch.cat([run_before[:, None, None], last[:, :-1]], 1)
         from_start, to_end = ((run == other)[..., None, None].to(q.dtype) for other in (before, last))
 
     # Computed once per group, whatever the number of its heads.

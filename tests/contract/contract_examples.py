@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.component import Component
-from zoo.registry import Role, components, find
+from zoo.registry import Role, components
 from zoo.testing import Example
 
 Settings = dict[str, Any]
@@ -92,7 +92,7 @@ HYBRID = [
     {"mixer": {"type": "mamba2", "head_dim": 16, "state_dim": 4}, "residual": "post"},
     {"channel": "mlp", "residual": {"type": "sandwich", "layer_scale": 0.5}},
 ]
-IMAGE = {"type": "patch", "image": [8, 6], "size": 2}
+IMAGE = {"image": [8, 6], "size": 2}
 STAGES = [
     {"width": 16, "layers": [{"mixer": "pooling", "channel": "mlp"}]},
     {"width": 32, "reduce": "merge", "layers": [LAYER, LAYER]},
@@ -137,7 +137,11 @@ OTHERS: dict[Role, dict[str, list[Settings]]] = {
             {"layers": HYBRID},
             {"layers": [LAYER], "final_norm": False, "norm": "layernorm", "position": "none", "grid": (3, 4)},
         ],
-        "stages": [{"stages": STAGES, "width": 16, "grid": (4, 6)}],
+        "stages": [
+            {"stages": STAGES, "width": 16, "grid": (4, 6)},
+            {"stages": [*STAGES, {"width": 32, "layers": [LAYER]}], "width": 16, "position": "rotary", "grid": (4, 4)},
+            {"stages": [{"width": 32, "layers": [LAYER]}, {"width": 32, "layers": HYBRID}], "final_norm": False},
+        ],
     },
     Role.HEAD: {
         "language_model": [{}, {"tied": False, "softcap": 4.0}],
@@ -157,7 +161,7 @@ OTHERS: dict[Role, dict[str, list[Settings]]] = {
             {
                 "width": 16,
                 "init_std": 0.3,
-                "stem": {**IMAGE, "class_token": True},
+                "stem": {"type": "patch", **IMAGE, "class_token": True},
                 "body": {"layers": [LAYER, {"mixer": "token_mlp", "channel": "mlp"}]},
                 "head": {"type": "classifier", "classes": 3},
             },
@@ -194,5 +198,3 @@ def unknown() -> list[str]:
     known = {(component.role, component.type) for component in components()}
     return [f"{role} {name}" for role, table in EXAMPLES.items() for name in table if (role, name) not in known]
 
-
-__all__ = ["EXAMPLES", "example", "examples", "find", "unknown"]

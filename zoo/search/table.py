@@ -1,0 +1,512 @@
+"""What candidates cost, looked up layer by layer: thousands of candidates a second.
+
+The cost of a model is the sum of the tallies of its parts (`zoo.metrics`). What a layer costs follows from its own
+decisions and from the scope that it stands in; what surrounds the layers follows from the decisions outside of them,
+how many layers there are aside, and from which forms of layers occur at all (a stack's final norm hangs on its layers'
+residual form). Each of these is counted once, by the same code that counts whole specs, and looked up from then on, so
+that `CostTable.figures(point)` equals `metrics(space.spec_at(point), work)` exactly.
+
+Where that does not hold, because layers hand on another scope than they get or are hidden inside another component,
+whole specs are counted.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import islice
+from operator import add
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from zoo.component import Component, Scope, Slot, slots
+from zoo.cost import Call
+from zoo.errors import SpecError, ZooError
+from zoo.metrics import Place, Tally, Workload, figures, metrics, places, tally
+from zoo.search.options import Floats, Options, largest_sum, smallest_sum
+from zoo.search.program import Choose, Decision, Point, Setting, Unit, Value, every
+from zoo.spec.construct import complaints
+from zoo.spec.template import Filling
+
+if TYPE_CHECKING:
+    from zoo.search.space import Space
+
+SUMS = tuple(item.name for item in fields(Tally))[:-1]
+"""What adds up; of the last field of a tally, `peak`, the largest counts."""
+MAX_OPTIONS = 256
+"""Settings of a layer up to which all of them are looked at; beyond, that many and the extremes that a descent finds."""
+MAX_ASSIGNMENTS = 256
+"""Assignments of the decisions outside of layers up to which all of them are looked at; beyond, that many."""
+SURVEYS = 16
+"""How many points are drawn to find a valid one with the same surroundings."""
+MAX_ROWS = 200_000
+"""Rows and whole candidates that are remembered before everything is forgotten."""
+
+
+class Row(NamedTuple):
+    """What a layer adds: sums in the order of `SUMS`, its peak, and a bit that stands for its form."""
+
+    sums: tuple[float, ...]
+    peak: float
+    form: int
+
+
+INVALID = Row((), 0.0, 0)
+"""The row of a layer that cannot be built where it stands."""
+
+
+class _Node:
+    """A decision of a layer, and what follows for each of its values; at the end of the decisions, a row."""
+
+    __slots__ = ("following", "row", "slot")
+
+    def __init__(self) -> None:
+        self.slot = -1
+        self.following: dict[Value, _Node] = {}
+        self.row: Row | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spot:
+    """Where the layers of a list stand: their slot and scope, and the calls that they get."""
+
+    slot: Slot
+    scope: Scope
+    tokens: Call
+    token: Call
+
+    def like(self, other: Spot) -> bool:
+        """Whether a layer costs the same at both; the number of layers only matters to their initialisation."""
+        mine, theirs = self.scope.at(depth=1), other.scope.at(depth=1)
+        return (self.tokens, self.token) == (other.tokens, other.token) and mine == theirs
+
+
+@dataclass(slots=True, eq=False)
+class Surroundings:
+    """What stands around the layers under one assignment of the decisions outside of them, lengths aside.
+
+    work: with lengths filled in. spots: where the layers of each list stand, and the number of that spot. frames: for
+    the forms that occur in each list, the tallies in front of, between and behind the lists. broken: which lists were
+    empty or not where something outside of the layers was invalid.
+    """
+
+    work: Workload
+    spots: dict[tuple[str | int, ...], tuple[Spot, int]] = field(default_factory=dict)
+    frames: dict[tuple[int, ...], tuple[tuple[Row, ...], ...]] = field(default_factory=dict)
+    broken: set[tuple[bool, ...]] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """Which layers there are under one assignment of all decisions outside of them.
+
+    spans: for each list of layers, its first and the one behind its last in `units`. tracks: the names of each unit's
+    decisions and its tree of rows, once its spot is known.
+    """
+
+    surroundings: Surroundings
+    units: tuple[Unit, ...]
+    places: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    tracks: tuple[tuple[tuple[str, ...], _Node], ...] = ()
+
+    @property
+    def shape(self) -> tuple[bool, ...]:
+        return tuple(start < stop for start, stop in self.spans)
+
+
+class CostTable:
+    """The figures of all points of a space under one workload."""
+
+    def __init__(self, space: Space, work: Workload) -> None:
+        self.space = space
+        self.work = work
+        self.separable = True
+        program = space.program
+        self._outside = tuple(decision.name for decision in program.outside)
+        self._keyed = tuple(name for name in self._outside if name not in program.lengths)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._layouts: dict[tuple[Value, ...], Layout] = {}
+        self._surroundings: dict[tuple[Value, ...], Surroundings] = {}
+        self._spots: list[Spot] = []
+        self._roots: dict[Any, _Node] = {}
+        self._forms: dict[Any, int] = {}
+        self._whole: dict[Any, dict[str, float] | None] = {}
+        self._options: dict[int, Options] = {}
+        self._rows = 0
+
+    def figures(self, point: Mapping[str, Value]) -> dict[str, float] | None:
+        """All analytic figures of a normalised point; None for combinations that are invalid across fields."""
+        if not self.separable:
+            return self._counted(point)
+        layout = self._layouts.get(tuple(map(point.get, self._outside))) or self.layout(point)
+        rows = self.rows(point, layout)
+        if rows is None:
+            return None if self.separable else self._counted(point)
+        frame = layout.surroundings.frames[forms(rows, layout.spans)]
+        total: list[float] = [0] * len(SUMS)
+        for (start, stop), before in zip(layout.spans, frame):
+            for row in before:
+                total = list(map(add, total, row[0]))
+            for row in rows[start:stop]:
+                total = list(map(add, total, row[0]))
+        for row in frame[-1]:
+            total = list(map(add, total, row[0]))
+        peak = max([row[1] for row in rows] + [row[1] for before in frame for row in before])
+        return figures(Tally(*total, peak=peak), layout.surroundings.work)  # type: ignore[arg-type]
+
+    def layout(self, point: Mapping[str, Value]) -> Layout:
+        """Which layers there are at a point."""
+        key = tuple(map(point.get, self._outside))
+        known = self._layouts.get(key)
+        if known is None:
+            walk = self.space.walk(point)
+            units = tuple(walk.units)
+            around = tuple(map(point.get, self._keyed))
+            if around not in self._surroundings:
+                self._surroundings[around] = Surroundings(self.work)
+            starts = [i for i, unit in enumerate(units) if not i or unit.where[:-1] != units[i - 1].where[:-1]]
+            spans = tuple(zip(starts, [*starts[1:], len(units)]))
+            where = tuple(walk.where(unit) for unit in units)
+            known = self._layouts[key] = Layout(self._surroundings[around], units, where, spans)
+        return known
+
+    def rows(self, point: Mapping[str, Value], layout: Layout) -> list[Row] | None:
+        """The row of each layer, all of them and their frame being known then; None if the point is invalid."""
+        while True:
+            found: list[Row | None] = []
+            try:
+                for names, node in layout.tracks:
+                    while node.slot >= 0:
+                        node = node.following[point[names[node.slot]]]
+                    found.append(node.row)
+            except KeyError:
+                found.append(None)
+            if len(found) == len(layout.units) and None not in found:
+                if INVALID in found:
+                    return None
+                rows: list[Row] = found  # type: ignore[assignment]
+                if forms(rows, layout.spans) in layout.surroundings.frames:
+                    return rows
+            if layout.shape in layout.surroundings.broken or not self._learn(point, layout):
+                return None
+
+    def _learn(self, point: Mapping[str, Value], layout: Layout) -> bool:
+        """Count what is not known of a point yet; false if that finds it invalid, or the space not separable."""
+        around = layout.surroundings
+        if self._rows > MAX_ROWS:
+            self._forget()
+            layout = self.layout(point)
+            around = layout.surroundings
+        lists = {unit.where[:-1] for unit in layout.units}
+        if not (around.frames and lists <= around.spots.keys()) and not self._survey(self._shortened(point), lists):
+            return self._survey(point, lists) and self.separable
+        if not layout.tracks and layout.units:
+            layout.tracks = tuple(self._track(unit, point, around) for unit in layout.units)
+        for unit in layout.units:
+            setting = unit.setting(self.space.program, point)
+            if self.row(unit, setting, point, layout) is INVALID:
+                return False
+        rows = [self.row(unit, unit.setting(self.space.program, point), point, layout) for unit in layout.units]
+        if forms(rows, layout.spans) not in around.frames:
+            return self._survey(point, lists) and self.separable
+        return True
+
+    def _shortened(self, point: Mapping[str, Value]) -> Point:
+        """The point with as few layers as there can be, so that little has to be counted to know what is around them."""
+        lengths = self.space.program.lengths
+        return self.space.normalised({name: value for name, value in point.items() if name not in lengths})
+
+    def _track(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> tuple[tuple[str, ...], _Node]:
+        names = tuple(decision.name for decision in unit.decisions)
+        return names, self._root(unit, point, around)
+
+    def _root(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> _Node:
+        """The tree of rows of a layer, shared by all that are made alike and stand alike."""
+        shared = tuple(point.get(name) for name in self._referred(unit))
+        key = (id(unit.part), around.spots[unit.where[:-1]][1], shared)
+        return self._roots.setdefault(key, _Node())
+
+    def _referred(self, unit: Unit) -> tuple[str, ...]:
+        """The decisions outside of layers that a layer's own settings or values may follow from."""
+        known = self._references.get(id(unit.part))
+        if known is None:
+            own = {decision.name for decision in unit.decisions}
+            known = tuple(sorted(self.space.program.reach(unit.block) - own))
+            self._references[id(unit.part)] = known
+        return known
+
+    @cached_property
+    def _references(self) -> dict[int, tuple[str, ...]]:
+        return {}
+
+    def options(self, unit: Unit, point: Mapping[str, Value], layout: Layout) -> Options:
+        """Everything that a layer can be where it stands, the decisions outside of it as at the point.
+
+        With more than `MAX_OPTIONS` settings that many drawn ones, and those that a descent to the smallest and to the
+        largest number of parameters passes through.
+        """
+        root = self._root(unit, point, layout.surroundings)
+        known = self._options.get(id(root))
+        if known is None:
+            rows: dict[Setting, Row] = {}
+            for setting in self._settings(unit, point, layout):
+                row = self.row(unit, setting, point, layout)
+                if row is not INVALID:
+                    rows[setting] = row
+            sums = np.array([row.sums for row in rows.values()], dtype=float).reshape(len(rows), len(SUMS))
+            peaks = np.array([row.peak for row in rows.values()], dtype=float)
+            known = self._options[id(root)] = Options(list(rows), sums, peaks, len(unit.decisions))
+        return known
+
+    def _settings(self, unit: Unit, point: Mapping[str, Value], layout: Layout) -> Iterator[Setting]:
+        program = self.space.program
+        found = list(islice(unit.every(program, point), MAX_OPTIONS + 1))
+        if len(found) <= MAX_OPTIONS:
+            yield from found
+            return
+        rng = random.Random(0)
+        for _ in range(MAX_OPTIONS):
+            yield unit.complete(program, point, lambda decision: decision.draw(rng))
+        for sign in (1, -1):
+            yield from self._descent(unit, point, layout, sign)
+
+    def _descent(self, unit: Unit, point: Mapping[str, Value], layout: Layout, sign: int) -> Iterator[Setting]:
+        """Settings on the way to few parameters, or to many with a sign of -1, one decision after the other."""
+        program, params = self.space.program, SUMS.index("params")
+        values: Point = {}
+        for decision in unit.decisions:
+            weighed: list[tuple[float, int, Value]] = []
+            for number, value in enumerate(decision.values()[:MAX_OPTIONS]):
+                tried = {**values, decision.name: value}
+                setting = unit.complete(program, point, lambda other, t=tried: t.get(other.name, other.first))
+                row = self.row(unit, setting, point, layout)
+                yield setting
+                if row is not INVALID:
+                    weighed.append((sign * row.sums[params], number, value))
+            if weighed:
+                values[decision.name] = min(weighed, key=lambda found: found[:2])[2]
+
+    def row(self, unit: Unit, setting: Setting, point: Mapping[str, Value], layout: Layout) -> Row:
+        """What a layer adds under a setting of its own decisions, the others as at the point."""
+        node = self._root(unit, point, layout.surroundings)
+        for slot, value in setting:
+            node.slot = slot
+            node = node.following.setdefault(value, _Node())
+        if node.row is None:
+            node.row = self._single(unit, setting, point, layout.surroundings)
+            self._rows += 1
+        return node.row
+
+    def _single(self, unit: Unit, setting: Setting, point: Mapping[str, Value], around: Surroundings) -> Row:
+        """Count one layer by itself."""
+        spot = around.spots[unit.where[:-1]][0]
+        values = {unit.decisions[slot].name: value for slot, value in setting}
+        decisions = self.space.program.decisions
+
+        def choose(hole: Any, path: str) -> Any:  # noqa: ARG001
+            return values[path] if path in values else point.get(path, decisions[path].first)
+
+        filling = Filling(self.space.template, choose)
+        tree = filling.part(unit.part, unit.name)
+        try:
+            component = spot.slot.coerce(tree.plain()).fill(spot.scope)
+        except ZooError:
+            return INVALID
+        if filling.problems or next(complaints(component, "", spot.scope), None) is not None:
+            return INVALID
+        counted = tally(component, spot.scope, around.work, spot.tokens, spot.token)
+        return self._row_of(counted, component)
+
+    def _row_of(self, counted: Tally, component: Component | None = None) -> Row:
+        sums = tuple(getattr(counted, name) for name in SUMS)
+        if component is None:
+            return Row(sums, counted.peak, 0)
+        form = type(component), type(getattr(component, "residual", None))
+        return Row(sums, counted.peak, 1 << self._forms.setdefault(form, len(self._forms)))
+
+    def _survey(self, point: Mapping[str, Value], wanted: set[tuple[str | int, ...]]) -> bool:
+        """Count a whole spec to learn where layers stand and what is around them; false if that was not to be had."""
+        layout = self.layout(point)
+        around = layout.surroundings
+        lists = {unit.where[:-1] for unit in layout.units}
+        if not wanted <= lists:
+            return False
+        try:
+            spec = self.space.spec_at(point).fill()
+        except SpecError as error:
+            if not any(_inside(problem.path, place) for problem in error.problems for place in layout.places):
+                around.broken.add(layout.shape)
+            return False
+        work = around.work = self.work.at(spec.context)
+        index = {place: number for number, place in enumerate(layout.places)}
+        span_of = {number: span for span, ends in enumerate(layout.spans) for number in range(*ends)}
+        found: dict[int, Place] = {}
+        frame: list[list[Row]] = [[] for _ in range(len(layout.spans) + 1)]
+        segment = 0
+        for place in places(spec, work):
+            number = index.get(re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", place.path))
+            if number is None:
+                frame[segment].append(self._row_of(place.tally(work)))
+            else:
+                found[number] = place
+                segment = span_of[number] + 1
+        spots = {number: Spot(_slot(spec, place.path), *place[2:]) for number, place in found.items()}
+        if len(found) < len(layout.units) or not all(
+            spots[start].like(spots[number]) and _hands_on(found[number])
+            for start, stop in layout.spans
+            for number in range(start, stop)
+        ):
+            self.separable = False
+            return False
+        for start, _ in layout.spans:
+            around.spots[layout.units[start].where[:-1]] = spots[start], self._number(spots[start])
+        occurring = [self._row_of(Tally(), found[number].component) for number in range(len(layout.units))]
+        around.frames[forms(occurring, layout.spans)] = tuple(map(tuple, frame))
+        return True
+
+    def range_of(self, metric: str) -> tuple[float, float]:
+        """The smallest and the largest value of a metric that a point of the space reaches.
+
+        Exact as long as `MAX_OPTIONS` and `MAX_ASSIGNMENTS` are not exceeded; a `ZooError` if no point is valid.
+        """
+        return self.extreme(metric)[0], self.extreme(metric, largest=True)[0]
+
+    def extreme(self, metric: str, *, largest: bool = False) -> tuple[float, Point]:
+        """The smallest or the largest value of a metric, and a point that has it."""
+        sign = -1 if largest else 1
+        best: tuple[float, Point] | None = None
+        for point in self.assignments():
+            found = self._extreme(metric, point, largest)
+            if found is not None and (best is None or sign * found[0] < sign * best[0]):
+                best = found
+        if best is None:
+            raise ZooError(f"no point of the space was found to be valid, so that there is no {metric}")
+        return best
+
+    def assignments(self) -> Iterator[Point]:
+        """Points with different values of the decisions outside of layers; the layers' own are at their first."""
+        program = self.space.program
+
+        def run(choose: Choose) -> Point:
+            return program.walk(choose).point
+
+        around = program.reach(program.root) & set(self._outside)
+        found = list(islice(every(run, around, {}), MAX_ASSIGNMENTS + 1))
+        if len(found) > MAX_ASSIGNMENTS:
+            rng = random.Random(0)
+            ends = [program.walk(lambda decision, end=end: decision.values()[end]).point for end in (0, -1)]
+            found = ends + [self.space.sample(rng) for _ in range(MAX_ASSIGNMENTS // 4)]
+        for point in found:
+            lengths = list(islice(every(run, program.lengths, point), MAX_ASSIGNMENTS + 1))
+            yield from lengths if len(found) * len(lengths) <= MAX_ASSIGNMENTS else self._ends(point)
+
+    def _ends(self, point: Point) -> Iterator[Point]:
+        """The point with the smallest and with the largest values of all lengths."""
+        lengths = self.space.program.lengths
+        for end in (0, -1):
+
+            def choose(decision: Decision, end: int = end) -> Value:
+                return decision.values()[end] if decision.name in lengths else point.get(decision.name, decision.first)
+
+            yield self.space.decide(choose)
+
+    def _extreme(self, metric: str, point: Point, largest: bool) -> tuple[float, Point] | None:
+        """The extreme under the decisions outside of layers that a point has; None if nothing there is valid."""
+        figures = self.figures(point)
+        layout = self.layout(point)
+        if not self.separable or not self.surveyed(point):
+            return None if figures is None else (figures[metric], point)
+        weights, peak = linear(metric, layout.surroundings.work)
+        frame = next(iter(layout.surroundings.frames.values()))
+        rows = [row for before in frame for row in before]
+        parts: list[tuple[Floats, Floats]] = []
+        options = [self.options(unit, point, layout) for unit in layout.units]
+        if any(len(each) == 0 for each in options):
+            return None
+        parts = [(each.sums @ weights, each.peaks * peak) for each in options]
+        floor = peak * max((row.peak for row in rows), default=0.0)
+        _, picks = (largest_sum if largest else smallest_sum)(parts, floor)
+        changed = dict(point)
+        for unit, each, pick in zip(layout.units, options, picks, strict=True):
+            changed |= {unit.decisions[slot].name: value for slot, value in each.settings[pick]}
+        changed = self.space.normalised(changed)
+        figures = self.figures(changed)
+        return None if figures is None else (figures[metric], changed)
+
+    def surveyed(self, point: Mapping[str, Value]) -> bool:
+        """Whether it is known where the layers of a point stand; a valid one is looked for if its own are not."""
+        layout = self.layout(point)
+        lists = {unit.where[:-1] for unit in layout.units}
+        if layout.surroundings.frames and lists <= layout.surroundings.spots.keys():
+            return True
+        rng = random.Random(0)
+        own = {decision.name for unit in layout.units for decision in unit.decisions}
+        for _ in range(SURVEYS):
+            redrawn = {name: value for name, value in point.items() if name not in own}
+            if self._survey(self.space.complete(redrawn, rng), lists):
+                return True
+        return False
+
+    def _number(self, spot: Spot) -> int:
+        """The number of a spot; those at which layers cost the same have one in common."""
+        for number, known in enumerate(self._spots):
+            if known.slot == spot.slot and known.like(spot):
+                return number
+        self._spots.append(spot)
+        return len(self._spots) - 1
+
+    def _counted(self, point: Mapping[str, Value]) -> dict[str, float] | None:
+        """The figures of a whole spec."""
+        key = tuple(point.items())
+        if key not in self._whole:
+            if len(self._whole) > MAX_ROWS:
+                self._whole.clear()
+            try:
+                self._whole[key] = metrics(self.space.spec_at(point), self.work)
+            except SpecError:
+                self._whole[key] = None
+        return self._whole[key]
+
+
+def linear(metric: str, work: Workload) -> tuple[Floats, float]:
+    """A metric as a sum: the weight of each of `SUMS`, and that of the peak."""
+    nothing = figures(Tally(), work)[metric]
+    big = 2.0**40
+    weights = [(figures(Tally(**{name: big}), work)[metric] - nothing) / big for name in SUMS]
+    return np.array(weights), (figures(Tally(peak=big), work)[metric] - nothing) / big
+
+
+def forms(rows: list[Row], spans: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """The forms of layers that occur in each list, a bit for each."""
+    found: list[int] = []
+    for start, stop in spans:
+        bits = 0
+        for row in rows[start:stop]:
+            bits |= row[2]
+        found.append(bits)
+    return tuple(found)
+
+
+def _inside(path: str, place: str) -> bool:
+    return path == place or path.startswith((f"{place}.", f"{place}["))
+
+
+def _hands_on(place: Place) -> bool:
+    """Whether what follows a layer stands where it stands."""
+    return place.component.out(place.scope) == place.scope
+
+
+def _slot(spec: Component, path: str) -> Slot:
+    """The slot that a listed part sits in."""
+    holder: Any = spec
+    *names, group, _ = path.split(".")
+    for name in names:
+        holder = holder[int(name)] if name.isdigit() else getattr(holder, name)
+    return slots(type(holder))[group]
