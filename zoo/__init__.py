@@ -12,14 +12,30 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.blocks.model import Spec
-    from zoo.component import Axis, Child, Component, Role, Scope, Traits
-    from zoo.errors import SpecError, ZooError
-    from zoo.metrics import Workload, metrics
-    from zoo.model import Model, Output, State, build, load_model
-    from zoo.registry import components, register
-    from zoo.search.space import Space, load_space
-    from zoo.spec.document import dump, load, parse, spec_hash
+    from zoo.blocks.model import Spec as Spec
+    from zoo.component import Axis as Axis
+    from zoo.component import Child as Child
+    from zoo.component import Component as Component
+    from zoo.component import Role as Role
+    from zoo.component import Scope as Scope
+    from zoo.component import Traits as Traits
+    from zoo.errors import SpecError as SpecError
+    from zoo.errors import ZooError as ZooError
+    from zoo.metrics import Workload as Workload
+    from zoo.metrics import metrics as metrics
+    from zoo.model import Model as Model
+    from zoo.model import Output as Output
+    from zoo.model import State as State
+    from zoo.model import build as build
+    from zoo.model import load_model as load_model
+    from zoo.registry import components as components
+    from zoo.registry import register as register
+    from zoo.search.space import Space as Space
+    from zoo.search.space import load_space as load_space
+    from zoo.spec.document import dump as dump
+    from zoo.spec.document import load as load
+    from zoo.spec.document import parse as parse
+    from zoo.spec.document import spec_hash as spec_hash
 
 _HOMES = {
     "Axis": "zoo.parameter",

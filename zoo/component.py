@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -104,6 +105,12 @@ def slots(component: type[Component]) -> Mapping[str, Slot]:
     return found
 
 
+@cache
+def _inherited(component: type[Component]) -> tuple[str, ...]:
+    """The inherited roles that a class has a field for."""
+    return tuple(role.value for role in INHERITED if role.value in component.model_fields)
+
+
 def _slot_in(annotation: Any) -> Slot | None:
     """The slot in a union or a sequence: `Norm | None`, `tuple[Layer, ...]`."""
     if get_origin(annotation) is Annotated:
@@ -160,7 +167,13 @@ class Scope:
         return math.prod(self.grid) + self.prefix
 
     def at(self, **changes: Any) -> Scope:
-        return replace(self, **changes)
+        """The same with some fields changed."""
+        return Scope(**dict(zip(_SCOPE_FIELDS, _SCOPE_VALUES(self), strict=True), **changes))
+
+
+# Scopes change for every component of a spec, and `dataclasses.replace` is slow.
+_SCOPE_FIELDS = tuple(field.name for field in fields(Scope))
+_SCOPE_VALUES = attrgetter(*_SCOPE_FIELDS)
 
 
 class Child(NamedTuple):
@@ -204,8 +217,8 @@ class Component(BaseModel):
 
     def inner(self, scope: Scope) -> Scope:
         """The scope of what stands inside: the inherited roles that this component sets itself win."""
-        own = {role.value: getattr(self, role.value, None) for role in INHERITED}
-        return scope.at(**{name: value for name, value in own.items() if value is not None})
+        own = {name: value for name in _inherited(type(self)) if (value := getattr(self, name)) is not None}
+        return scope.at(**own) if any(value is not getattr(scope, name) for name, value in own.items()) else scope
 
     def derive(self, scope: Scope) -> Mapping[str, Any]:  # noqa: ARG002
         """Values for fields left out that follow from the scope, by field name."""

@@ -36,9 +36,11 @@ def generate(
     with it and is filled up with `pad`; generation ends when all have. `on_token` sees each new column `[batch]`.
     Prompts are read in pieces of `chunk` tokens.
     """
+    if model.head_kind != "language_model":
+        raise ZooError(f"only a language model generates; this model's head is {model.spec.head.type!r}")
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ZooError(f"expected a prompt [batch, tokens] with at least one token; got {tuple(prompt.shape)}")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ZooError(f"temperature must be at least 0; got {temperature}")
     if top_k is not None and top_k < 1:
         raise ZooError(f"top_k must be at least 1; got {top_k}")
@@ -61,7 +63,8 @@ def generate(
         if index == max_tokens - 1 or bool(done.all()):
             break
         assert output.state is not None
-        output = model.step(token, output.state)
+        # What goes on behind the end of a sequence is of no interest, and `pad` may be no token of the vocabulary.
+        output = model.step(token.masked_fill(done, 0), output.state)
     return torch.cat(columns, dim=1)
 
 

@@ -42,13 +42,21 @@ class Output:
 
 
 class Model(Block):
-    """A spec as a `torch.nn.Module`; `zoo.build` makes it."""
+    """A spec as a `torch.nn.Module`; `zoo.build` makes it.
+
+    `entry` is the scope behind the stem; `sequential` tells whether tokens come one after the other, not as a grid.
+    """
 
     def __init__(self, spec: Spec) -> None:
         spec = spec.fill()
         super().__init__(spec, spec.root())
         self.spec = spec
         self.checkpointing = False
+        self.entry = spec.stem.out(self.scope)
+        self.sequential = self.entry.prefix == 0 and len(self.entry.grid) == 1
+        parts = [part for _, part, _ in spec.walk(self.scope)]
+        self._without_state = list(dict.fromkeys(part.type for part in parts if not part.traits.streaming))
+        self._without_packing = list(dict.fromkeys(part.type for part in parts if not part.traits.packed))
 
     @property
     def head_kind(self) -> str:
@@ -79,16 +87,14 @@ class Model(Block):
         inputs follow on the tokens that it has seen and `Output.state` has seen them too. `segments`
         `[batch, tokens]` names the sequence of each token where several are laid end to end; it excludes a state.
         """
-        place = self.spec.stem.out(self.scope)
-        streaming = place.prefix == 0 and len(place.grid) == 1
-        tokens = inputs.shape[1] if streaming else place.tokens
+        tokens = inputs.shape[1] if self.sequential else self.entry.tokens
         past = 0 if state is None else state.past
-        self._check(tokens, streaming, state, segments)
+        self._check(tokens, state, segments)
         ctx = Context(
             positions=_positions(tokens, past, segments, inputs.device),
             past=past,
-            grid=(tokens,) if streaming else place.grid,
-            prefix=place.prefix,
+            grid=(tokens,) if self.sequential else self.entry.grid,
+            prefix=self.entry.prefix,
             segments=segments,
             hidden=[] if hidden_states else None,
             checkpointing=self.checkpointing,
@@ -101,11 +107,15 @@ class Model(Block):
             hidden=None if ctx.hidden is None else tuple(ctx.hidden),
         )
 
-    def _check(self, tokens: int, streaming: bool, state: State | None, segments: Tensor | None) -> None:
-        if state is not None and not (streaming and self.scope.causal):
+    def _check(self, tokens: int, state: State | None, segments: Tensor | None) -> None:
+        if state is not None and not (self.sequential and self.scope.causal):
             raise ZooError("only a causal model of token sequences can go on from a state")
         if state is not None and segments is not None:
             raise ZooError("packed sequences (`segments`) and a state exclude each other")
+        if state is not None and self._without_state:
+            raise ZooError(f"{' and '.join(self._without_state)} cannot go on from a state")
+        if segments is not None and self._without_packing:
+            raise ZooError(f"{' and '.join(self._without_packing)} cannot keep packed sequences apart")
         if state is not None and state.past + tokens > state.capacity:
             raise ZooError(
                 f"the state has room for {state.capacity} tokens: {state.past} are taken and {tokens} more came; "
@@ -120,6 +130,8 @@ class Model(Block):
 
     def prefill(self, tokens: Tensor, state: State | None = None, *, chunk: int | None = None) -> Output:
         """Feed `tokens` `[batch, tokens]`, at most `chunk` at a time; the output is that of the last piece."""
+        if chunk is not None and chunk < 1:
+            raise ZooError(f"chunk must be at least 1; got {chunk}")
         state = self.init_state(tokens.shape[0]) if state is None else state
         pieces = tokens.split(chunk or max(1, tokens.shape[1]), dim=1)
         output: Output = self(pieces[0], state=state)

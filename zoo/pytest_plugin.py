@@ -48,7 +48,7 @@ class SpecFile(pytest.File):
         yield SpecItem.from_parent(self, name="spec")
 
 
-class SpecFailure(Exception):
+class SpecTestError(Exception):
     """What is wrong with a spec, without the traceback that found it."""
 
 
@@ -61,7 +61,7 @@ class SpecItem(pytest.Item):
 
         checked = check(self.path)
         if checked.problems:
-            raise SpecFailure("\n".join(str(problem) for problem in checked.problems))
+            raise SpecTestError("\n".join(str(problem) for problem in checked.problems))
         self.build(checked.spec if checked.spec is not None else self.first_point(), parse)
 
     def first_point(self) -> Any:
@@ -81,12 +81,12 @@ class SpecItem(pytest.Item):
         built = sum(parameter.numel() for parameter in model.parameters())
         counted = metrics(spec)["params"]
         if built != counted:
-            raise SpecFailure(f"{self.path}: {counted:,} parameters are counted, {built:,} built")
+            raise SpecTestError(f"{self.path}: {counted:,} parameters are counted, {built:,} built")
         if parse(dump(spec)) != spec:
-            raise SpecFailure(f"{self.path}: printed and read again it is another spec:\n{dump(spec)}")
+            raise SpecTestError(f"{self.path}: printed and read again it is another spec:\n{dump(spec)}")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, SpecFailure):
+        if isinstance(excinfo.value, SpecTestError):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 

@@ -197,4 +197,3 @@ def unknown() -> list[str]:
     """What the table has for types that are not registered."""
     known = {(component.role, component.type) for component in components()}
     return [f"{role} {name}" for role, table in EXAMPLES.items() for name in table if (role, name) not in known]
-

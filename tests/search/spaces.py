@@ -17,7 +17,7 @@ HYBRID = Path(__file__).with_name("hybrid.yaml")
 
 STAGES = """
 vars:
-  scale: {choice: [1, 2]}
+  scale: {choice: [1, 3]}
   expansion: {choice: [2, 4], name: expansion}
 width: 16
 norm: {choice: [layernorm, rmsnorm]}

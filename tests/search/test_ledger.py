@@ -131,7 +131,7 @@ def test_garbage_in_the_journal_is_an_error_and_stays(tmp_path: Path, garbage: b
     lines.insert(place if place >= 0 else len(lines), garbage)
     damaged = b"".join(lines)
     path.write_bytes(damaged)
-    with pytest.raises(ZooError, match=r"study.journal is damaged: .*left as it was"):
+    with pytest.raises(ZooError, match=r"study.journal is damaged: .*left as it is"):
         open_ledger(tmp_path)
     assert path.read_bytes() == damaged
 
@@ -190,6 +190,7 @@ def test_a_claim_keeps_others_away_until_it_is_given_up_or_its_holder_is_dead(tm
         os.waitpid(child, 0)
     assert second.claimed() == {}
     assert second.claim("a")
+    second.release()
     second.worker = f"elsewhere:{os.getpid()}:0"
     assert second.claim("c")
     assert set(first.claimed()) == {"c"}

@@ -17,6 +17,10 @@ class Identity(Component):
     """$y = x$; what a hybrid costs and learns without mixing tokens in a layer."""
 
     def forward(
-        self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None  # noqa: ARG002
+        self,
+        module: Any,
+        x: Tensor,
+        ctx: Context,
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         return x, state

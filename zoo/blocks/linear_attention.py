@@ -208,7 +208,8 @@ class LinearAttention(HeadMixer):
 
         match self.feature_map:
             case "elu1":
-                return F.elu(x) + 1
+                # `elu(x) + 1`, whose own backward leaves strides that a compiled graph does not expect.
+                return F.relu(x) + x.clamp(max=0).exp()
             case "relu":
                 return F.relu(x)
             case "silu":

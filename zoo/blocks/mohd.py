@@ -197,7 +197,7 @@ class MixtureOfHiddenDimensions(FeedForward):
         h = module.activation(widened("gate")) * widened("up") if self.gated else module.activation(widened("up"))
         blocks = kernels.grouped_matmul(taken(h, order // self.top_k), module.down, offsets)
         y = torch.zeros_like(special).unflatten(-1, (routed, subdim))
-        y = y.scatter(1, picks, taken(blocks, back)).flatten(1)
+        y = y.scatter(1, picks, taken(blocks, back).to(y.dtype)).flatten(1)
         if self.shared:
             y = torch.cat([module.shared_down(h), y], dim=-1)
         if self.fusion:

@@ -16,6 +16,7 @@ from zoo import kernels
 from zoo.component import Complaint, Component, Positive, Scope, Traits
 from zoo.context import Context
 from zoo.cost import FREE, Call, Cost, elementwise
+from zoo.errors import ZooError
 from zoo.parameter import Axis, Parameter, normal
 from zoo.registry import Role, register
 
@@ -114,6 +115,9 @@ class LearnedPosition(PositionBase):
         return elementwise(call.rows * scope.width, call.element_bytes, operands=3, saved=0)
 
     def forward(self, module: Any, x: Tensor, ctx: Context) -> Tensor:
+        known, tokens = module.weight.shape[0], ctx.past + x.shape[1]
+        if ctx.segments is None and tokens > known:
+            raise ZooError(f"learned positions end with the context of {known} tokens; got {tokens}")
         return x + module.weight[ctx.positions]
 
 

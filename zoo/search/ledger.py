@@ -367,12 +367,12 @@ def _study(folder: Path, storage: str | None, objectives: Sequence[Objective] | 
         except Exception as error:  # Each kind of storage, and each driver below it, raises its own.
             raise ZooError(f"cannot open the storage {place}: {_first_line(error)}") from error
     with _readable(place):
+        if name in optuna.get_all_study_names(opened):
+            return optuna.load_study(study_name=name, storage=opened), place
         if objectives is None:
-            try:
-                return optuna.load_study(study_name=name, storage=opened), place
-            except KeyError:
-                raise ZooError(f"{place} holds no study {name!r}") from None
+            raise ZooError(f"{place} holds no study {name!r}")
         directions = [objective.direction for objective in objectives]
+        # Another process may have made it since.
         study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
     return study, place
 

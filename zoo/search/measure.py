@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,24 +11,18 @@ from zoo.latency import Context, LatencySource
 from zoo.metrics import Workload, metrics
 from zoo.search.budget import Budget, Term, TermContext
 from zoo.search.objective import Objective
+from zoo.search.repair import Repair, workload
+from zoo.search.table import CostTable
 from zoo.search.trial import Point
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
-    from zoo.search.repair import Repair
     from zoo.search.space import Space
-    from zoo.search.table import CostTable
 
 SHRINKS = 4
 """How often a candidate that measures too slow is made smaller before it is dropped."""
 MARGIN = 0.97
 """Aim of a shrunk candidate as a share of the budget."""
-
-
-def workload(term: Term) -> Workload:
-    """The work under which a term's figure is counted."""
-    context = term.context
-    return Workload(context.batch or 1, context.seq, context.past, context.dtype or "float32")
 
 
 def latency_context(term: Term, spec: Spec) -> Context:
@@ -72,8 +66,6 @@ class Meter:
         sources: Callable[[str], LatencySource],
         device: str = "cpu",
     ) -> None:
-        from zoo.search.table import CostTable
-
         self.space = space
         self.budget = budget
         self.device = device
@@ -96,16 +88,6 @@ class Meter:
                 found[name] = counted[term.metric]
         return found
 
-    def feasible(self, point: Point) -> bool:
-        """Whether a point is a valid model that meets every term that can be counted."""
-        for work in dict.fromkeys([Workload(), *map(workload, self._counted_budget())]):
-            figures = self.tables[work].figures(point)
-            if figures is None:
-                return False
-            if any(term.violation(figures[term.metric]) for term in self._counted_budget() if workload(term) == work):
-                return False
-        return True
-
     def slack(self, figures: Mapping[str, float]) -> dict[str, float]:
         """How far each term of the budget is from its bound, as a share of it."""
         return {str(term): term.slack(figures[label(term)]) for term in self.budget.terms}
@@ -123,11 +105,13 @@ class Meter:
         spec: Spec,
         rng: random.Random,
         usable: Callable[[Point], bool],
-        measuring: Callable[[Point], None] = lambda point: None,
+        measuring: Callable[[Point], None] = lambda point: None,  # noqa: ARG005
+        keep: Collection[str] = (),
     ) -> Fitted:
         """Measure a point that meets what can be counted; while it is too slow, shrink it and measure again.
 
-        `usable` says whether a smaller point may be taken. Work is cut by what the measured excess asks for.
+        `usable` says whether a smaller point may be taken; decisions named in `keep` stay as they are. Work is cut by
+        what the measured excess asks for.
         """
         tried: list[Point] = []
         slowest = ""
@@ -147,9 +131,9 @@ class Meter:
                 return Fitted(point, spec, measured, tried=tried)
             tried.append(point)
             if missed is not None:
-                return Fitted(point, spec, measured, f"measured outside {missed.describe()}", tried[:-1])
+                return Fitted(point, spec, measured, f"took {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}", tried[:-1])
             term, seconds = max(over, key=lambda found: found[1] / found[0].high)
-            slowest = slowest or f"measured {seconds * 1e3:.3g}ms where {term.describe()}"
+            slowest = slowest or f"took {seconds * 1e3:.3g}ms where the budget says {term.describe()}"
             for late, took in over:
                 proxy = self.proxy(late, 1.0)
                 work = workload(proxy)
@@ -157,7 +141,8 @@ class Meter:
                 bounds[proxy.metric, work] = self.proxy(late, now * late.high / took * MARGIN)
             smaller = None
             if len(tried) <= SHRINKS:
-                smaller = self._repair(bounds.values())(point, rng)
+                tighter = Budget((*self.budget.terms, *bounds.values()))
+                smaller = Repair(self.space, self.tables, tighter)(point, rng, keep)
             if smaller is None or not usable(smaller):
                 return Fitted(tried[0], self.space.spec_at(tried[0]), {}, slowest, tried[1:])
             point = smaller
@@ -169,14 +154,6 @@ class Meter:
         if term.metric == "decode":
             return Term("decode_flops", high=high, context=TermContext(batch=context.batch, past=context.past))
         return Term("flops", high=high, context=TermContext(batch=context.batch, seq=context.seq))
-
-    def _repair(self, extra: Iterable[Term]) -> Repair:
-        from zoo.search.repair import Repair
-
-        return Repair(self.space, self.tables, Budget((*self._counted_budget(), *extra)))
-
-    def _counted_budget(self) -> tuple[Term, ...]:
-        return tuple(term for term in self.budget.terms if not term.needs_measurement)
 
 
 def resolved(budget: Budget, sources: Callable[[str], LatencySource], device: str = "cpu") -> Budget:

@@ -229,13 +229,17 @@ Block = tuple[Step, ...]
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A compiled template: the steps of its root, the steps of each shared name, and all units and decisions."""
+    """A compiled template: the steps of its root, those of each shared name, and all decisions, units and counts.
+
+    A count is found by the identity of its part and its path.
+    """
 
     template: Template
     root: Block
     shared: Mapping[str, Block]
     decisions: Mapping[str, Decision]
     units: tuple[Unit, ...]
+    counts: Mapping[tuple[int, str], Count]
 
     def walk(self, choose: Choose) -> Walk:
         """Go through the template, asking `choose` for each decision that is active."""
@@ -364,7 +368,7 @@ def compile_program(template: Template) -> Program:
     root = compiler.fields(template.root, "", ("",))
     if compiler.problems:
         raise SpecError(compiler.problems.values())
-    return Program(template, root, compiler.shared, compiler.decisions, tuple(compiler.units))
+    return Program(template, root, compiler.shared, compiler.decisions, tuple(compiler.units), compiler.counts)
 
 
 class _Compiler:

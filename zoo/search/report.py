@@ -209,11 +209,11 @@ class _Page:
             return "<td>–</td>"
         shown = escape(self._shown(term["figure"], value))
         if not term["high"]:
-            return f"<td>{shown}</td>"
+            return f"<td class=use>{shown}</td>"
         share = value / term["high"]
         left = f"{1 - share:.0%} left" if share <= 1 else f"{share - 1:.0%} over"
         meter = f'<span class="meter"><i style="width:{min(share, 1):.0%}"></i></span>'
-        return f"<td>{meter}{shown} · {left}</td>"
+        return f'<td class="use">{meter}{shown} · {left}</td>'
 
     def _tags(self, trial: Row) -> str:
         tags = []
@@ -260,7 +260,7 @@ class _Page:
             texts.append(f"{counts['failed']} broke down")
         if counts["dropped"]:
             texts.append(f"{counts['dropped']} measured outside the budget and never trained")
-        return escape("; ".join(texts).capitalize() + "." if texts else "Nothing: every candidate that was chosen.")
+        return escape("; ".join(texts).capitalize() + "." if texts else "Every candidate was trained to the end.")
 
     def _failed(self) -> str:
         rows = [trial for trial in self.trials if trial["status"] in ("failed", "dropped")]

@@ -42,7 +42,7 @@ _LARGEST_SHARE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What was found so far. `stopped`: finished, exhausted, timeout, interrupted, or empty where nobody knows."""
+    """What was found so far. `stopped`: finished, exhausted, slow, timeout, interrupted, or empty where nobody knows."""
 
     folder: Path
     trials: tuple[Trial, ...]
@@ -61,6 +61,7 @@ class Results:
         return {
             "finished": f"finished: {_count(trained, 'architecture')} evaluated",
             "exhausted": f"space exhausted after {_count(trained, 'architecture')}: no other one meets the budget",
+            "slow": f"no further architecture was found that measures within the budget, after {trained:,}",
             "timeout": f"time is up after {_count(trained, 'architecture')}; to continue: {again}",
             "interrupted": f"interrupted after {_count(trained, 'architecture')}; to continue: {again}",
         }.get(self.stopped, f"{_count(trained, 'architecture')} evaluated")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from zoo.errors import ZooError, did_you_mean
 from zoo.search.objective import Objective
-from zoo.search.trial import Archive, Member, Point, Trial
+from zoo.search.trial import Archive, Point
 
 if TYPE_CHECKING:
     import optuna
@@ -45,14 +45,10 @@ ASKS = 4
 
 
 class Proposer(Protocol):
-    """Proposes points, and is told what came of them."""
+    """Proposes points."""
 
     def stream(self, number: int) -> Iterator[Point]:
         """Points to try as trial `number`, without end; the search repairs them."""
-        ...
-
-    def tell(self, trial: Trial, frozen: FrozenTrial | None) -> None:
-        """A trial is done with; these come in order, those of an earlier session first."""
         ...
 
 
@@ -70,10 +66,10 @@ class Evolution:
     up.
     """
 
-    def __init__(self, space: Space, objectives: Sequence[Objective], seed: int) -> None:
+    def __init__(self, space: Space, archive: Archive, seed: int) -> None:
         self.space = space
+        self.archive = archive
         self.seed = seed
-        self.archive = Archive(objectives)
 
     def stream(self, number: int) -> Iterator[Point]:
         rng = generator(self.seed, number, "evolution")
@@ -82,23 +78,20 @@ class Evolution:
             yield self._child(rng, 1 + attempt // 8)
             attempt += 1
 
-    def tell(self, trial: Trial, frozen: FrozenTrial | None) -> None:  # noqa: ARG002
-        self.archive.add(trial)
-
     def _child(self, rng: random.Random, changes: int) -> Point:
-        if not self.archive.members or rng.random() < RANDOM_SHARE:
+        if not len(self.archive) or rng.random() < RANDOM_SHARE:
             return self.space.sample(rng)
-        child = self._parent(rng).trial.point
+        child = self._parent(rng)
         if rng.random() < 0.5:
-            child = self.space.cross(child, self._parent(rng).trial.point, rng)
+            child = self.space.cross(child, self._parent(rng), rng)
         while rng.random() < 0.5:
             changes += 1
         return self.space.mutate(child, rng, changes)
 
-    def _parent(self, rng: random.Random) -> Member:
-        members = self.archive.members
-        entrants = rng.sample(members, min(len(members), max(2, int(len(members) * TOURNAMENT_SHARE))))
-        return min(entrants, key=lambda member: member.beaten)
+    def _parent(self, rng: random.Random) -> Point:
+        count = len(self.archive)
+        entrants = rng.sample(range(count), min(count, max(2, int(count * TOURNAMENT_SHARE))))
+        return self.archive.trials[min(entrants, key=self.archive.beaten.item)].point
 
 
 class RandomDraws:
@@ -112,9 +105,6 @@ class RandomDraws:
         rng = generator(self.seed, number, "random")
         while True:
             yield self.space.sample(rng)
-
-    def tell(self, trial: Trial, frozen: FrozenTrial | None) -> None:
-        pass
 
 
 class Twin:
@@ -200,10 +190,6 @@ class OptunaProposer:
         while True:
             yield self.space.mutate(rng.choice(asked), rng, 1 + attempt // 8)
             attempt += 1
-
-    def tell(self, trial: Trial, frozen: FrozenTrial | None) -> None:  # noqa: ARG002
-        assert frozen is not None
-        self.twin.add(frozen)
 
     def _suggested(self, trial: optuna.Trial) -> Point:
         """A value for each decision that the ones before leave open."""

@@ -34,6 +34,7 @@ from zoo.spec.template import Fields, Formula, Hole, Items, Leaf, Part, Template
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
+    from zoo.component import Component
 
 BASELINE_FIELDS = ("mixer", "channel", "")
 
@@ -43,6 +44,8 @@ class Space:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.layers: dict[Any, Component | None] = {}
+        """Layers that tables have filled in for their places, by all that they follow from; None for invalid ones."""
 
     @classmethod
     def from_template(cls, template: Template) -> Space:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from zoo.search.budget import Budget
 from zoo.search.evaluate import Evaluation, EvaluationError, Evaluator, TrainEvaluator
 from zoo.search.measure import Fitted, Meter, label, resolved
 from zoo.search.objective import Objective, parse_objectives
+from zoo.search.repair import Repair
 from zoo.search.results import Results, Writer, facts_of
 from zoo.search.sampler import (
     Evolution,
@@ -40,7 +42,7 @@ from zoo.search.trial import Archive, Point, Trial
 from zoo.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from zoo.search.repair import Repair
+    from zoo.blocks.model import Spec
     from zoo.search.space import Decision, Space
 
 ATTEMPTS = 256
@@ -109,15 +111,25 @@ class SearchListener:
         """No further candidate in this session; also after Ctrl-C."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """A homogeneous point: its name, the decisions that make it homogeneous, and whether it had to be changed."""
+
+    name: str
+    point: Point
+    keep: tuple[str, ...]
+    adjusted: bool
+
+
 @dataclass(slots=True)
 class _Candidate:
     number: int
     point: Point
     key: str
-    spec: Any
+    spec: Spec
     spec_hash: str
-    baseline: str | None = None
-    adjusted: bool = False
+    shape: dict[str, Any]
+    baseline: _Baseline | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -145,7 +157,6 @@ class _Search:
         listener: SearchListener,
         latency: Callable[[str], LatencySource] | None,
     ) -> None:
-        from zoo.search.repair import Repair
         from zoo.search.space import load_space
 
         if settings.trials < 1:
@@ -164,8 +175,7 @@ class _Search:
         self.objectives = parse_objectives(settings.objective, budget)
         check_names(settings.sampler, settings.pruner, self.objectives)
         self.meter = Meter(self.space, budget, self.objectives, sources, settings.device)
-        counted = Budget(tuple(term for term in budget.terms if not term.needs_measurement))
-        self.repair: Repair = Repair(self.space, self.meter.tables, counted)
+        self.repair = Repair(self.space, self.meter.tables, budget)
         if (reason := self.repair.infeasible()) is not None:
             raise ZooError(reason)
         self.evaluator = evaluator or self._train_evaluator()
@@ -223,8 +233,9 @@ class _Search:
         self.twin = (
             Twin(self.objectives, make, optuna_pruner(settings.pruner), settings.seed) if needs_twin else None
         )
-        self.proposer = self._proposer()
         self.archive = Archive(self.objectives)
+        self.proposer = self._proposer()
+        self.trained_baselines: set[str] = set()
         self.aliases: set[str] = set()
         """Keys of points whose spec is that of another point."""
         for trial, frozen in zip(self.ledger.trials, self.ledger.frozen, strict=True):
@@ -235,7 +246,7 @@ class _Search:
     def _proposer(self) -> Proposer:
         settings = self.settings
         if settings.sampler == "evolution":
-            return Evolution(self.space, self.objectives, settings.seed)
+            return Evolution(self.space, self.archive, settings.seed)
         if settings.sampler == "random":
             return RandomDraws(self.space, settings.seed)
         assert self.twin is not None
@@ -270,7 +281,7 @@ class _Search:
         self.listener.ended(results)
         return results
 
-    def _loop(self, baselines: dict[str, tuple[str, Point, bool]]) -> str:
+    def _loop(self, baselines: dict[str, _Baseline]) -> str:
         settings = self.settings
         while True:
             done = [trial for trial in self.ledger.trials if trial.trained]
@@ -279,7 +290,8 @@ class _Search:
                 return "finished"
             if settings.timeout is not None and time.monotonic() - self.began >= settings.timeout:
                 return "timeout"
-            self._check_luck(done)
+            if self._out_of_luck(done):
+                return "slow"
             candidate = self._next(baselines, others)
             if candidate is None:
                 return "exhausted"
@@ -289,41 +301,52 @@ class _Search:
     def _seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def _check_luck(self, done: Sequence[Trial]) -> None:
-        """Stops a search in which everything breaks, or nothing is fast enough."""
+    def _out_of_luck(self, done: Sequence[Trial]) -> bool:
+        """Whether nothing further is fast enough; raises `ZooError` if nothing ever was, or everything breaks."""
         if len(done) >= FAILED_AT_FIRST and all(trial.status == "failed" for trial in done):
             raise ZooError(f"the first {len(done)} candidates all failed; the last one: {done[-1].reason}")
         last = self.ledger.trials[-DROPPED_IN_A_ROW:]
-        if len(last) == DROPPED_IN_A_ROW and all(trial.status == "dropped" for trial in last):
+        if len(last) < DROPPED_IN_A_ROW or any(trial.status != "dropped" for trial in last):
+            return False
+        if not done:
             raise ZooError(
-                f"the last {DROPPED_IN_A_ROW} candidates all measured outside the budget and could not be made to fit; "
-                f"the last one {last[-1].reason}. Loosen that term, or let the space go smaller"
+                f"the first {DROPPED_IN_A_ROW} candidates all measured outside the budget and could not be made to "
+                f"fit; the last one {last[-1].reason}. Loosen that term, or let the space go smaller"
             )
+        return True
 
     # Proposing
 
-    def _baselines(self) -> dict[str, tuple[str, Point, bool]]:
-        """The homogeneous points as the budget allows them, by key: name, point, and whether it was changed for that."""
-        found: dict[str, tuple[str, Point, bool]] = {}
-        for index, (name, point) in enumerate(self.space.homogeneous().items()):
-            fitting = self.repair(point, generator(self.settings.seed, index, "baseline"))
+    def _baselines(self) -> dict[str, _Baseline]:
+        """The homogeneous points as the budget allows them, by key. What makes them homogeneous is not changed."""
+        given = self.space.homogeneous()
+        found: dict[str, _Baseline] = {}
+        for index, (name, point) in enumerate(given.items()):
+            held = _held(point, given.values())
+            keep = [decision for decision in point if _place(decision) in held]
+            fitting = self.repair(point, generator(self.settings.seed, index, "baseline"), keep)
             if fitting is None:
                 continue
-            key = self.space.key(fitting)
-            changed = key != self.space.key(point)
-            found.setdefault(key, (name, fitting, changed))
+            # Layers that the repair added are like the others.
+            alike = {decision: held[_place(decision)] for decision in fitting if _place(decision) in held}
+            fitting = self.space.normalised({**fitting, **alike})
+            if self.repair.feasible(fitting):
+                key = self.space.key(fitting)
+                found.setdefault(key, _Baseline(name, fitting, tuple(alike), key != self.space.key(point)))
         return found
 
     def _next(
-        self, baselines: Mapping[str, tuple[str, Point, bool]], others: Mapping[str, str]
+        self, baselines: Mapping[str, _Baseline], others: Mapping[str, str]
     ) -> _Candidate | None:
         """A candidate that is new, feasible and claimed; None if there is none."""
         number = len(self.ledger.trials)
         seconds = {"propose": 0.0, "repair": 0.0, "spec": 0.0}
-        for key, (name, point, changed) in baselines.items():
-            candidate = self._claimed(number, key, point, others, seconds)
+        for key, baseline in baselines.items():
+            if baseline.name in self.trained_baselines:
+                continue
+            candidate = self._claimed(number, key, baseline.point, others, seconds)
             if candidate is not None:
-                candidate.baseline, candidate.adjusted = name, changed
+                candidate.baseline = baseline
                 return candidate
         rng = generator(self.settings.seed, number, "repair")
         stream = self.proposer.stream(number)
@@ -367,36 +390,34 @@ class _Search:
         if key in self.ledger.keys or identity in self.ledger.hashes:
             self.ledger.release()
             return None
-        return _Candidate(number, point, key, spec, identity, seconds=seconds)
+        return _Candidate(number, point, key, spec, identity, architecture(spec), seconds=seconds)
 
     def _swept(self) -> Iterator[Point]:
         """All feasible points of a small space in order; nothing for a large one."""
         size = self.space.size()
         if size is not None and size <= SWEEP:
-            yield from filter(self.meter.feasible, _points(self.space))
+            yield from filter(self.repair.feasible, _points(self.space))
 
     # Working on one
 
     def _handle(self, candidate: _Candidate) -> None:
         """Measure, evaluate and record one candidate."""
         rng = generator(self.settings.seed, candidate.number, "shrink")
-        shape: dict[str, Any] = {}
-
         def measuring(point: Point) -> None:
-            self.listener.candidate(candidate.number, "measuring", shape, self.meter.figures(point))
+            self.listener.candidate(candidate.number, "measuring", candidate.shape, self.meter.figures(point))
 
         def usable(point: Point) -> bool:
             key = self.space.key(point)
             taken = key in self.ledger.keys or key in self.aliases
             return not taken and self.space.spec_at(point).hash not in self.ledger.hashes and self.ledger.claim(key)
 
-        shape |= architecture(candidate.spec)
         with _clock(candidate.seconds, "measure"):
-            fitted = self.meter.fit(candidate.point, candidate.spec, rng, usable, measuring)
+            keep = candidate.baseline.keep if candidate.baseline is not None else ()
+            fitted = self.meter.fit(candidate.point, candidate.spec, rng, usable, measuring, keep)
         if fitted.point is not candidate.point:
             candidate.point, candidate.spec = fitted.point, fitted.spec
             candidate.key, candidate.spec_hash = self.space.key(fitted.point), fitted.spec.hash
-            candidate.adjusted = candidate.adjusted or candidate.baseline is not None
+            candidate.shape = architecture(fitted.spec)
         trial = self._started_trial(candidate, fitted)
         if not fitted.reason:
             self.listener.candidate(candidate.number, "training", trial.shape, trial.metrics)
@@ -408,6 +429,7 @@ class _Search:
         from zoo.spec.document import brief
 
         metrics = {**self.meter.figures(fitted.point), **fitted.measured}
+        baseline = candidate.baseline
         measured = all(label(term) in metrics for term in self.meter.budget.terms)
         return Trial(
             number=candidate.number,
@@ -416,11 +438,11 @@ class _Search:
             status="dropped",
             spec=brief(candidate.spec),
             spec_hash=candidate.spec_hash,
-            shape=architecture(candidate.spec),
+            shape=candidate.shape,
             metrics=metrics,
             slack=self.meter.slack(metrics) if measured else {},
-            baseline=candidate.baseline,
-            adjusted=candidate.adjusted,
+            baseline=baseline.name if baseline is not None else None,
+            adjusted=baseline is not None and (baseline.adjusted or candidate.point != baseline.point),
             reason=fitted.reason,
             also_seen=tuple(map(self.space.key, fitted.tried)),
             seconds=candidate.seconds,
@@ -488,9 +510,25 @@ class _Search:
 
     def _take_in(self, trial: Trial, frozen: Any) -> None:
         self.archive.add(trial)
-        self.proposer.tell(trial, frozen)
+        if trial.baseline is not None:
+            self.trained_baselines.add(trial.baseline)
         if self.twin is not None:
             self.twin.add(frozen)
+
+
+def _place(decision: str) -> str:
+    """A decision's name without the number of its layer."""
+    return re.sub(r"\[\d+\]", "[]", decision)
+
+
+def _held(point: Point, baselines: Iterable[Point]) -> dict[str, Any]:
+    """Where the decisions of a baseline stand that other baselines take otherwise, and what it takes there."""
+    others = [{_place(name): value for name, value in other.items()} for other in baselines]
+    mine = {_place(name): value for name, value in point.items()}
+    return {
+        place: value for place, value in mine.items() if all(place in other for other in others)
+        and any(other[place] != value for other in others)
+    }
 
 
 def _points(space: Space) -> Iterator[Point]:

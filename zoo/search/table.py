@@ -41,7 +41,7 @@ MAX_OPTIONS = 256
 """Settings of a layer up to which all of them are looked at; beyond, that many and the extremes that a descent finds."""
 MAX_ASSIGNMENTS = 256
 """Assignments of the decisions outside of layers up to which all of them are looked at; beyond, that many."""
-SURVEYS = 16
+SURVEYS = 4
 """How many points are drawn to find a valid one with the same surroundings."""
 MAX_ROWS = 200_000
 """Rows and whole candidates that are remembered before everything is forgotten."""
@@ -91,13 +91,14 @@ class Surroundings:
 
     work: with lengths filled in. spots: where the layers of each list stand, and the number of that spot. frames: for
     the forms that occur in each list, the tallies in front of, between and behind the lists. broken: which lists were
-    empty or not where something outside of the layers was invalid.
+    empty or not where something outside of the layers was invalid. hopeless: lists for which no valid point was found.
     """
 
     work: Workload
     spots: dict[tuple[str | int, ...], tuple[Spot, int]] = field(default_factory=dict)
     frames: dict[tuple[int, ...], tuple[tuple[Row, ...], ...]] = field(default_factory=dict)
     broken: set[tuple[bool, ...]] = field(default_factory=set)
+    hopeless: list[set[tuple[str | int, ...]]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -307,7 +308,28 @@ class CostTable:
     def _single(self, unit: Unit, setting: Setting, point: Mapping[str, Value], around: Surroundings) -> Row:
         """Count one layer by itself."""
         spot = around.spots[unit.where[:-1]][0]
-        values = {unit.decisions[slot].name: value for slot, value in setting}
+        component = self._layer(unit, setting, point, spot.slot, spot.scope)
+        if component is None:
+            return INVALID
+        return self._row_of(tally(component, spot.scope, around.work, spot.tokens, spot.token), component)
+
+    def _layer(
+        self, unit: Unit, setting: Setting, point: Mapping[str, Value], slot: Slot, scope: Scope
+    ) -> Component | None:
+        """A layer filled in for its place, None if it is invalid there; the tables of a space share them."""
+        shared = {name: point.get(name) for name in self._referred(unit)}
+        key = (id(unit.part), setting, tuple(shared.values()), scope.at(depth=1))
+        known = self.space.layers
+        if key not in known:
+            if len(known) > MAX_ROWS:
+                known.clear()
+            known[key] = self._made(unit, setting, point, slot, scope)
+        return known[key]
+
+    def _made(
+        self, unit: Unit, setting: Setting, point: Mapping[str, Value], slot: Slot, scope: Scope
+    ) -> Component | None:
+        values = {unit.decisions[index].name: value for index, value in setting}
         decisions = self.space.program.decisions
 
         def choose(hole: Any, path: str) -> Any:  # noqa: ARG001
@@ -316,13 +338,12 @@ class CostTable:
         filling = Filling(self.space.template, choose)
         tree = filling.part(unit.part, unit.name)
         try:
-            component = spot.slot.coerce(tree.plain()).fill(spot.scope)
+            component = slot.coerce(tree.plain()).fill(scope)
         except ZooError:
-            return INVALID
-        if filling.problems or next(complaints(component, "", spot.scope), None) is not None:
-            return INVALID
-        counted = tally(component, spot.scope, around.work, spot.tokens, spot.token)
-        return self._row_of(counted, component)
+            return None
+        if filling.problems or next(complaints(component, "", scope), None) is not None:
+            return None
+        return component
 
     def _row_of(self, counted: Tally, component: Component | None = None) -> Row:
         sums = tuple(getattr(counted, name) for name in SUMS)
@@ -444,14 +465,18 @@ class CostTable:
         """Whether it is known where the layers of a point stand; a valid one is looked for if its own are not."""
         layout = self.layout(point)
         lists = {unit.where[:-1] for unit in layout.units}
-        if layout.surroundings.frames and lists <= layout.surroundings.spots.keys():
+        around = layout.surroundings
+        if around.frames and lists <= around.spots.keys():
             return True
+        if lists in around.hopeless:
+            return False
         rng = random.Random(0)
-        own = {decision.name for unit in layout.units for decision in unit.decisions}
+        outside = {name: value for name, value in point.items() if name in self._outside}
         for _ in range(SURVEYS):
-            redrawn = {name: value for name, value in point.items() if name not in own}
-            if self._survey(self.space.complete(redrawn, rng), lists):
+            drawn = self.space.complete(outside, rng)
+            if self._survey(self._shortened(drawn), lists) or self._survey(drawn, lists):
                 return True
+        around.hopeless.append(lists)
         return False
 
     def _number(self, spot: Spot) -> int:

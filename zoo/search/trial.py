@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from zoo.search.objective import Objective
 
@@ -50,52 +53,52 @@ class Trial:
         return self.status != "dropped"
 
 
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether `a` is nowhere above `b` and somewhere below it."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
-
-
-@dataclass(slots=True)
-class Member:
-    """A complete trial with its values turned so that less is better, and how many trials dominate it."""
-
-    trial: Trial
-    costs: tuple[float, ...]
-    beaten: int = 0
-
-
 class Archive:
-    """The complete trials and the order among them, kept up as trials come in; one more costs O(trials)."""
+    """The complete trials and the order among them, kept up as they come in: one more costs O(trials).
+
+    Values are turned so that less is better. A trial dominates another if it is nowhere worse and somewhere better.
+    """
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
         self.objectives = tuple(objectives)
-        self.members: list[Member] = []
+        self.trials: list[Trial] = []
+        self._costs = np.zeros((64, len(self.objectives)))
+        self._beaten = np.zeros(64, dtype=np.int64)
 
-    def add(self, trial: Trial) -> bool:
-        """Take a trial in, and tell whether it is on the front now."""
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    @property
+    def costs(self) -> NDArray[np.float64]:
+        """`[trials, objectives]`."""
+        return self._costs[: len(self.trials)]
+
+    @property
+    def beaten(self) -> NDArray[np.int64]:
+        """How many others dominate each trial."""
+        return self._beaten[: len(self.trials)]
+
+    def add(self, trial: Trial) -> None:
+        """Take a trial in; one that is not complete is left out."""
         if trial.status != "complete":
-            return False
-        costs = tuple(objective.oriented(value) for objective, value in zip(self.objectives, trial.values, strict=True))
-        new = Member(trial, costs)
-        for member in self.members:
-            if dominates(member.costs, costs):
-                new.beaten += 1
-            elif dominates(costs, member.costs):
-                member.beaten += 1
-        self.members.append(new)
-        return new.beaten == 0
+            return
+        new = [objective.oriented(value) for objective, value in zip(self.objectives, trial.values, strict=True)]
+        below, above = (self.costs < new).any(axis=1), (self.costs > new).any(axis=1)
+        self.beaten[above & ~below] += 1
+        count = len(self.trials)
+        if count == len(self._costs):
+            self._costs = np.concatenate([self._costs, np.zeros_like(self._costs)])
+            self._beaten = np.concatenate([self._beaten, np.zeros_like(self._beaten)])
+        self._costs[count], self._beaten[count] = new, (below & ~above).sum()
+        self.trials.append(trial)
 
     def front(self) -> list[Trial]:
-        """The trials that no other dominates, the best on the first objective first; the earlier of equals only."""
+        """The trials that no other dominates, the best on the first objective first; of equals only the earliest."""
         found: dict[tuple[float, ...], Trial] = {}
-        for member in self.members:
-            if member.beaten == 0:
-                found.setdefault(member.costs, member.trial)
+        for index in np.flatnonzero(self.beaten == 0):
+            found.setdefault(tuple(self.costs[index]), self.trials[index])
         return [found[costs] for costs in sorted(found)]
 
     def best(self) -> Trial | None:
         """The best trial on the first objective; of equals on it the one that is better on the next."""
         return next(iter(self.front()), None)
-
-    def __iter__(self) -> Iterator[Trial]:
-        return (member.trial for member in self.members)

@@ -14,10 +14,11 @@ from zoo.spec.tree import BROKEN, Tree, walk
 ROOT = Slot(Role.MODEL, default="model")
 STREAM = (Role.MODEL, Role.STEM, Role.BODY, Role.STAGE, Role.REDUCE, Role.POSITION)
 """Roles on whose fields the width, the length or the positions of what stands elsewhere depend."""
+_ABOUT = ("name", "summary", "sources", "catalogue", "published")
 HARMLESS = frozenset(
-    ("name", "summary", "sources", "catalogue", "published", "init_std", "norm", "activation", "linear", "final_norm")
+    (*_ABOUT, "init_std", "norm", "activation", "linear", "final_norm", "mixer", "channel", "residual")
 )
-"""Fields of these roles on which nothing else depends."""
+"""Fields on which nothing that stands elsewhere depends."""
 
 
 def construct(document: Tree, problems: Iterable[Problem] = ()) -> Component:
@@ -74,8 +75,9 @@ def _root(model: Component) -> Scope:
 class _Maker:
     """Builds components from the leaves up and collects what goes wrong.
 
-    A component with a wrong field is made without it where that is possible, and is then in `wrong`; one that lacks a
-    component inside is in `partial`. `adrift` tells that the sizes of the stream cannot be trusted any more.
+    A component with a wrong field is made without it where that is possible. It is then in `partial` if what stands
+    inside it can be checked nevertheless, else in `wrong`; `adrift` tells that nothing can be checked, since the sizes
+    of the stream depend on the field.
     """
 
     def __init__(self) -> None:
@@ -117,8 +119,7 @@ class _Maker:
             return None
         values, broken = self._values(component, fields, path)
         if broken:
-            self.partial.add(id(node))
-            self._drift(component, broken)
+            self._mark(node, component, broken)
         try:
             return component(**values)
         except SpecError as error:
@@ -126,18 +127,19 @@ class _Maker:
             for field, problem in wrong.items():
                 if field not in broken:
                     self._at(node, path, field, problem)
-        self.wrong.add(id(node))
-        self._drift(component, wrong)
+        self._mark(node, component, wrong)
         try:
             return component(**{name: value for name, value in values.items() if name not in wrong})
         except SpecError:
             return None
 
-    def _drift(self, component: type[Component], wrong: Iterable[str]) -> None:
-        """Note whether wrong fields of a component, or those that were meant, matter to what stands elsewhere."""
-        if component.role in STREAM:
-            meant = {nearest(field, component.model_fields) or field for field in wrong}
-            self.adrift |= not meant <= HARMLESS
+    def _mark(self, node: Tree, component: type[Component], fields: Iterable[str]) -> None:
+        """Note that fields of a component are missing, and whether those that were meant matter elsewhere."""
+        if {nearest(field, component.model_fields) or field for field in fields} <= HARMLESS:
+            self.partial.add(id(node))
+        else:
+            self.wrong.add(id(node))
+            self.adrift |= component.role in STREAM
 
     def _values(
         self, component: type[Component], fields: dict[str, Tree], path: str

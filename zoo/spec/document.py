@@ -25,6 +25,7 @@ MAX_EXTENDS = 16
 SUFFIXES = (".yaml", ".yml")
 METADATA = ("zoo", "name", "summary", "sources", "catalogue", "published")
 """Fields of the root that say something about an architecture and are no part of it."""
+_HOLDERS = (Role.MODEL, Role.BODY, Role.STAGE, Role.LAYER)
 _ROOT_MARKERS = (".git", "pyproject.toml")
 
 
@@ -192,9 +193,20 @@ def canonical(spec: Component) -> dict[str, Any]:
 
 
 def spec_hash(spec: Component) -> str:
-    """The identity of an architecture: 16 hexadecimal digits of SHA-256 over its canonical form."""
-    text = json.dumps(canonical(spec), sort_keys=True, separators=(",", ":"))
+    """The identity of an architecture: 16 hexadecimal digits of SHA-256 over all of its parts, with defaults filled in.
+
+    Where an inherited setting was written does not count, only the parts that it reached.
+    """
+    scope = spec.root()  # type: ignore[attr-defined]
+    parts = {path: _own(part) for path, part, _ in spec.fill(scope).walk(scope)}
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _own(part: Component) -> dict[str, Any]:
+    """The fields of a part; of one that holds layers only those that are no parts themselves."""
+    left_out = {*METADATA, *slots(type(part))} if part.role in _HOLDERS else {}
+    return {key: value for key, value in plain(part).items() if key not in left_out}
 
 
 def plain(component: Component) -> dict[str, Any]:

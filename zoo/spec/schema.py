@@ -19,6 +19,8 @@ from zoo.spec.document import brief
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_TYPES = (Role.LAYER, Role.STAGE, Role.BODY, Role.RECORD, Role.MODEL)
 """Roles whose slots know a type for a mapping that names none."""
+_CLOSED = ("expression", "hole")
+"""Definitions that a file that extends another must keep to like any other."""
 _OPEN = [{"$ref": "#/$defs/expression"}, {"$ref": "#/$defs/hole"}]
 
 
@@ -36,13 +38,40 @@ def json_schema() -> dict[str, Any]:
             definitions[role.value] = _role(role)
             definitions[f"{role.value}_pattern"] = _pattern(role)
     root = definitions.pop("model.model")
+    root["properties"].pop("type")
     root["properties"] |= {
         "extends": {"type": "string", "description": "Name or path of the spec that this one is laid on."},
         "vars": {"type": "object", "description": "Values by name, for `$name` and `$(arithmetic)`."},
     }
-    root.pop("required", None)
-    root["properties"].pop("type", None)
-    return {"$schema": DIALECT, "title": "zoo spec", **root, "$defs": definitions}
+    definitions["model"] = root
+    changes = {f"change.{key}": _change(item) for key, item in definitions.items() if key not in _CLOSED}
+    return {
+        "$schema": DIALECT,
+        "title": "zoo spec",
+        "type": "object",
+        "if": {"required": ["extends"]},
+        "then": {"$ref": "#/$defs/change.model"},
+        "else": {"$ref": "#/$defs/model"},
+        "$defs": definitions | changes,
+    }
+
+
+def _change(schema: Any) -> Any:
+    """What a file that extends another may say in place of `schema`: any part of it, and null to remove a key."""
+    if isinstance(schema, list):
+        return [_change(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: _change(item) for key, item in schema.items() if key != "required"}
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/$defs/")
+        return schema if name in _CLOSED else {"$ref": f"#/$defs/change.{name}"}
+    if isinstance(schema.get("properties"), dict):
+        changed["properties"] = {
+            key: item | {"anyOf": [*item["anyOf"], {"type": "null"}]} if "anyOf" in item else item
+            for key, item in changed["properties"].items()
+        }
+    return changed
 
 
 def _hole() -> dict[str, Any]:

@@ -203,7 +203,8 @@ class _Reader:
         """The parser's complaint; where it is about the end of the text, at what was never closed."""
         mark = error.problem_mark
         assert mark is not None
-        ended = not "".join(self.lines[mark.line :]).strip()
+        rest = self.lines[mark.line :] or [""]
+        ended = not "".join([rest[0][mark.column :], *rest[1:]]).strip()
         place = self.place(error.context_mark if ended and error.context_mark is not None else mark)
         line = self.lines[mark.line] if mark.line < len(self.lines) else ""
         if "\t" in line[: len(line) - len(line.lstrip())]:

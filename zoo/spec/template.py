@@ -21,6 +21,7 @@ from typing import Any
 
 from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean
 from zoo.expression import Expression, ExpressionError, is_expression, parse
+from zoo.spec.source import shortened
 from zoo.spec.tree import BROKEN, HOLE_KINDS, REPLACE, Scalar, Tree, merge
 
 MAX_LAYERS = 4096
@@ -235,31 +236,31 @@ class Filling:
         return Tree(value, formula.mark)
 
     def variable(self, name: str, formula: Formula) -> Tree:
-        """The value of a name, computed when first asked for."""
+        """The value of a name, computed when first asked for; complained about once."""
         if name in self.values:
             return self.values[name]
         variables = self.template.variables
         part = variables.get(name) or (self.template.root.entries.get(name) if name in NAMED_FIELDS else None)
-        column = formula.expression.columns[name]
+        text, column = formula.expression.text, formula.expression.columns[name]
         if part is None:
             known = [*variables, *(field for field in NAMED_FIELDS if field in self.template.root.entries)]
-            raise ExpressionError(f"unknown name {name!r}{did_you_mean(name, known)}", formula.expression.text, column)
+            raise ExpressionError(f"unknown name {name!r}{did_you_mean(name, known)}", text, column)
         if name in self.open:
             circle = " -> ".join([*self.open[self.open.index(name) :], name])
-            raise ExpressionError(f"{name!r} is defined by itself: {circle}", formula.expression.text, column)
+            raise ExpressionError(f"{name!r} is defined by itself: {circle}", text, column)
         if len(self.open) == MAX_NAMES:
-            message = f"{name!r} stands behind {MAX_NAMES} names that rest on each other"
-            raise ExpressionError(message, formula.expression.text, column)
+            raise ExpressionError(f"{name!r} stands behind {MAX_NAMES} names that rest on each other", text, column)
         self.open.append(name)
         try:
             value = self.part(part, name)
         finally:
             self.open.pop()
         size, height = _extent(value, self.extents)
-        if size > MAX_VALUES or height > MAX_NAMES:
+        too_large = size > MAX_VALUES or height > MAX_NAMES
+        self.values[name] = Tree(BROKEN, formula.mark) if too_large else value
+        if too_large:
             message = f"{name!r} holds more than {MAX_VALUES} values or {MAX_NAMES} levels, with all names written out"
-            raise ExpressionError(message, formula.expression.text, column)
-        self.values[name] = value
+            raise ExpressionError(message, text, column)
         return value
 
 
@@ -357,8 +358,12 @@ class _Compiler:
         node, overrides = holder.entries["layers"], holder.entries.get("overrides")
         if overrides is None:
             return self.part(node, path)
+        if isinstance(node.value, str) and isinstance(self._declared(node.value).value, list):
+            node = self._declared(node.value)
         alone = not isinstance(node.value, list)
+        before = len(self.problems)
         items = list(self._expand(Tree([node], node.mark) if alone else node, path, alone))
+        sound = len(self.problems) == before
         fixed = not any(guards for _, _, guards in items)
         for key, change in overrides.entries.items():
             place = overrides.key_place(key)
@@ -370,7 +375,7 @@ class _Compiler:
                 continue
             if not fixed and _counts_from_end(key):
                 self.complain(where, "counts from the end, but the number of layers is still open", place)
-            elif len(picked) == 0 and fixed:
+            elif len(picked) == 0 and fixed and sound:
                 self.complain(where, f"picks none of the {len(items)} layers", place)
             change = self._named_tree(change)
             unknown: list[list[Problem]] = []
@@ -411,7 +416,7 @@ class _Compiler:
             yield item, suffix, guards
             return
         if item in self.unfolding or len(self.unfolding) == MAX_NAMES:
-            self.complain(path + suffix, f"the pattern {written.value} holds itself or too many others", written.mark)
+            self.complain(path + suffix, "a pattern that holds itself, or too many others", written.mark)
             return
         self.unfolding.append(item)
         try:
@@ -427,6 +432,7 @@ class _Compiler:
         for key in ("repeat", "of"):
             if key not in entries:
                 self.complain(path + suffix, f"a pattern needs `repeat` and `of`; {key!r} is missing", item.mark)
+                yield Tree(BROKEN, item.mark), suffix, guards
                 return
         for key in entries:
             if key not in ("repeat", "of"):
@@ -450,31 +456,33 @@ class _Compiler:
 
     def _named_tree(self, item: Tree) -> Tree:
         """The mapping that `$name` stands for, so that overrides can be laid on it; anything else as it is."""
-        if isinstance(item.value, str) and item.value.startswith("$"):
-            named = self.declared.get(item.value[1:])
-            if named is not None and isinstance(named.value, dict) and not set(HOLE_KINDS) & set(named.value):
-                return named
-        return item
+        named = self._declared(item.value) if isinstance(item.value, str) else item
+        return named if isinstance(named.value, dict) and not set(HOLE_KINDS) & set(named.value) else item
+
+    def _declared(self, text: str) -> Tree:
+        """What `vars` says about `$name`, or nothing."""
+        return self.declared.get(text[1:], Tree(None)) if text.startswith("$") else Tree(None)
 
     def _most(self, count: Part, path: str, mark: Mark | None) -> tuple[bool, int]:
-        """Whether a count is fixed, and the largest that it can be."""
+        """Whether a count is fixed, and the largest that it can be; a wrong one is 1, so that the rest is checked."""
         try:
             values = list(self._possible(count))
         except ExpressionError as error:
             self.complain(path, error.message, _shift(mark, error.column))
-            return True, 0
+            return True, 1
         except ZooError as error:
             self.complain(path, str(error), mark)
-            return True, 0
+            return True, 1
         if BROKEN in values:
-            return True, 0
+            return True, 1
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                self.complain(path, f"expected a whole number of repetitions; got {value!r}", mark)
-                return True, 0
+                given = "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else repr(value)
+                self.complain(path, f"expected a whole number of repetitions; got {given}", mark)
+                return True, 1
         if values and max(values) > MAX_LAYERS:
-            self.complain(path, f"at most {MAX_LAYERS} repetitions; got {max(values)}", mark)
-            return True, 0
+            self.complain(path, f"at most {MAX_LAYERS} repetitions; got {shortened(str(max(values)))}", mark)
+            return True, 1
         return len(set(values)) <= 1, max(values, default=0)
 
     def _possible(self, part: Part) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -53,7 +54,7 @@ class Example:
     def __str__(self) -> str:
         settings = brief(self.component)
         fields = dict(settings) if isinstance(settings, Mapping) else {}
-        place = {} if self.causal else {"causal": False}
+        place: dict[str, Any] = {} if self.causal else {"causal": False}
         if self.grid != (12,):
             place["grid"] = "x".join(map(str, self.grid))
         given = ",".join(f"{name}={_short(value)}" for name, value in {**fields, **place}.items() if name != "type")
@@ -93,7 +94,7 @@ class Example:
         position = component if role is Role.POSITION else None
         return Spec(
             width=self.width,
-            context=self.grid[0],
+            context=math.prod(self.grid),
             init_std=INIT_STD,
             causal=None if self.causal else False,
             position=position,
@@ -167,7 +168,8 @@ class Example:
     @property
     def per_token(self) -> bool:
         """Whether something comes out for each token."""
-        return self.spec is None or isinstance(self.spec.head, HeadBase) and self.spec.head.kind == "language_model"
+        head = None if self.spec is None else self.spec.head
+        return self.spec is None or (isinstance(head, HeadBase) and head.kind == "language_model")
 
     @property
     def is_causal(self) -> bool:
@@ -231,7 +233,9 @@ class Subject:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
         stem: Any = example.spec.stem
         if getattr(stem, "inputs", "tokens") == "images":
-            return torch.randn(batch, stem.channels, *stem.image, generator=generator, dtype=torch.float64).to(self.dtype)
+            return torch.randn(batch, stem.channels, *stem.image, generator=generator, dtype=torch.float64).to(
+                self.dtype
+            )
         return torch.randint(0, stem.vocab, (batch, tokens), generator=generator)
 
     def __call__(self, x: Tensor, **options: Any) -> Tensor:
@@ -312,5 +316,5 @@ def tensors(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Tens
             yield from tensors(item, f"{path}{name}.")
 
 
-def _called(module: torch.nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    return functional_call(module, weights, args, kwargs)
+def _called(module: torch.nn.Module, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(module, dict(weights), args, kwargs)

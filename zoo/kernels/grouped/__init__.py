@@ -31,6 +31,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         `[rows, output_width]`. Differentiable once in `x` and `weight`; an empty group's weight has gradient zero.
 
+    Under autocast both operands are cast to its dtype, as a linear layer's are.
     `O(rows input_width output_width)`. Raises `ZooError` for shapes that do not fit, and for offsets that do not
     ascend from 0 to `rows`.
     """
@@ -43,6 +44,9 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     axes = "groups, output_width, input_width"
     checks.shape(name, "weight", weight, axes, (groups, output_width, x.shape[1]))
     checks.shape(name, "offsets", offsets, "groups + 1", (groups + 1,))
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     return _GROUPED_MATMUL.select(Call(x.device.type, x.dtype, {"groups": groups}))(x, weight, offsets)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from zoo.kernels.checks import at_least_float32
 from zoo.kernels.segments import runs
 
-
 # Elements of the largest tensor between two products, kept near the size of a core's second-level cache.
-_SPAN_ELEMENTS = 1 << 19
+_SPAN_ELEMENTS = 1 << 18
 
 
 def recurrence(

@@ -1,0 +1,628 @@
+"""From a proposal to the nearest point that meets a budget.
+
+Everything that can be counted is settled before anything is built: a proposal that misses the budget is changed until
+it meets it, by as few decisions as possible.
+
+1. Descent: of all changes of one layer, and of one decision outside of layers, the one that takes most violation away
+   per decision disturbed, until nothing is violated. Violation is summed over the terms, each as a share of its bound,
+   so that lower bounds pull upwards as upper ones push down. Changes of all layers are weighed at once, as arrays.
+2. Where no single change helps, pairs of layers change together; then a point that is known to meet the budget is
+   moved towards the proposal as far as the budget lets it.
+3. What was changed without need is changed back.
+
+The result is checked against the tables, which are exact: it never violates a term.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from zoo.metrics import Workload
+from zoo.quantity import format_quantity
+from zoo.search.budget import Budget, Term
+from zoo.search.options import Floats, Options
+from zoo.search.program import Decision, Point, Setting, Unit, Value
+from zoo.search.table import CostTable, linear
+
+if TYPE_CHECKING:
+    from zoo.search.space import Space
+
+MAX_STEPS = 256
+"""Single changes after which a descent gives up."""
+PAIRS = 4096
+"""Pairs of layers that are tried together where no single change helps."""
+MAX_VALUES = 24
+"""Values of a decision outside of layers that are tried; of more, that many spread evenly."""
+STARTS = 8
+"""Points from which a feasible one is looked for under one assignment of the decisions outside of layers."""
+MAX_ANCHORS = 8
+MAX_DESCENTS = 48
+"""Points that meet the budget, and attempts to find one, after which no more are looked for."""
+NEARLY_AS_GOOD = 0.5
+"""The score, as a share of the best, above which changes of several layers are made at once."""
+ROUNDING = 1e-9
+"""By how much, as a share, sums may be off."""
+TIES = 1e-9
+"""By how much, as a share, scores may differ that count as equal."""
+
+
+def workload(term: Term) -> Workload:
+    """The work under which a term's figure is counted."""
+    context = term.context
+    return Workload(context.batch or 1, context.seq, context.past, context.dtype or "float32")
+
+
+@dataclass(slots=True, eq=False)
+class Kind:
+    """Layers that are made alike and stand alike: their positions, and what each setting adds to each term.
+
+    values and peaks: `[settings, terms]`.
+    """
+
+    members: list[int]
+    options: Options
+    values: Floats
+    peaks: Floats
+    has_peaks: bool
+
+
+@dataclass(slots=True, eq=False)
+class Board:
+    """The layers under one assignment of the decisions outside of them.
+
+    kind_of: for each layer the number of its kind. base, floor: what stands around the layers adds to each term, and
+    its peak.
+    """
+
+    units: tuple[Unit, ...]
+    kinds: list[Kind]
+    kind_of: list[int]
+    base: Floats
+    floor: Floats
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """Where a repair stands: the decisions outside of layers, the setting of each layer, and what they come to."""
+
+    outside: Point
+    board: Board
+    picks: list[int]
+    values: Floats
+    violation: float
+
+
+class Change(NamedTuple):
+    """A layer given another option of its kind, and the violation that this takes away per decision disturbed."""
+
+    score: float
+    position: int
+    kind: Kind
+    pick: int
+
+
+class Repair:
+    """Brings points under a budget; only terms that can be counted are looked at."""
+
+    def __init__(self, space: Space, tables: Mapping[Workload, CostTable], budget: Budget) -> None:
+        self.space = space
+        self.terms = [term for term in budget.terms if not term.needs_measurement]
+        works = dict.fromkeys([workload(term) for term in self.terms] or [*tables][:1] or [Workload()])
+        self.tables = {work: tables.get(work) or CostTable(space, work) for work in works}
+        self._of_term = [self.tables[workload(term)] for term in self.terms]
+        self._first = next(iter(self.tables.values()))
+        self._lows = np.array([term.low for term in self.terms])
+        self._highs = np.array([term.high for term in self.terms])
+        self._per_low = 1 / np.where(self._lows > 0, self._lows, 1.0)
+        self._per_high = 1 / np.where(self._highs > 0, self._highs, 1.0)
+        self._strict_low = np.array([term.low_strict for term in self.terms], dtype=bool)
+        self._strict_high = np.array([term.high_strict for term in self.terms], dtype=bool)
+        self._strict = bool((self._strict_low | self._strict_high).any())
+        self._boards: dict[tuple[Value, ...], Board | None] = {}
+        self._offers: dict[int, tuple[Options, Floats, Floats]] = {}
+        self._carries: dict[tuple[int, int], list[tuple[int | None, list[int], int]]] = {}
+        self._anchors: list[Point] | None = None
+        self._outside = [decision.name for decision in space.program.outside]
+
+    def __call__(
+        self, point: Mapping[str, Value], rng: random.Random, keep: Collection[str] = ()
+    ) -> Point | None:
+        """The nearest point that was found to be valid and to meet every term that can be counted.
+
+        The proposal itself if it does; None if no such point was found. Decisions named in `keep` stay as they are.
+        """
+        proposal = self.space.normalised(point)
+        if self.feasible(proposal):
+            return proposal
+        kept = frozenset(keep)
+        state = self._state(proposal)
+        if state is not None:
+            found = self._settled(self._descended(state, kept, rng), proposal, kept)
+            if found is not None:
+                return found
+        ranked = sorted(self.anchors(), key=lambda anchor: _disturbance(proposal, anchor))
+        for anchor in ranked:
+            if all(name in anchor and anchor[name] == proposal.get(name) for name in kept & anchor.keys()):
+                return self._approached(anchor, proposal)
+        if kept:
+            return None
+        return self._approached(ranked[0], proposal) if ranked else None
+
+    def feasible(self, point: Mapping[str, Value]) -> bool:
+        """Whether a normalised point is valid and meets every term that can be counted."""
+        return self.violation(point) == 0
+
+    def violation(self, point: Mapping[str, Value]) -> float:
+        """By how much a point misses the terms, as shares of their bounds, added up; infinite for an invalid one."""
+        figures = {work: table.figures(point) for work, table in self.tables.items()}
+        total = 0.0
+        for found in figures.values():
+            if found is None:
+                return math.inf
+        for term in self.terms:
+            found = figures[workload(term)]
+            assert found is not None
+            total += term.violation(found[term.metric])
+        return total
+
+    def infeasible(self) -> str | None:
+        """Why no point meets the budget; None if one is known that does.
+
+        Each term that nothing can meet is named with the value that comes nearest to it; if each can be met alone, the
+        nearest point to meeting all.
+        """
+        if self.anchors():
+            return None
+        reasons: list[str] = []
+        for term, table in zip(self.terms, self._of_term, strict=True):
+            above = term.high < math.inf
+            for largest in [False] * above + [True] * (term.low > 0 or term.low_strict):
+                value, point = table.extreme(term.metric, largest=largest)
+                missed = value < term.low if largest else value > term.high
+                strict = term.low_strict if largest else term.high_strict
+                if missed or (strict and value == (term.low if largest else term.high)):
+                    reasons.append(self._unreachable(term, value, point, largest=largest))
+        if reasons:
+            return "\n".join(reasons)
+        if not self.terms:
+            return "no point of the space was found to be valid"
+        return self._conflict()
+
+    def _unreachable(self, term: Term, value: float, point: Point, *, largest: bool) -> str:
+        shown = format_quantity(value, term.dimension)
+        relaxed = _rounded(value, up=not largest)
+        relation = ">=" if largest else "<="
+        bound = format_quantity(relaxed, term.dimension)
+        names = self._sizes(point)
+        widest = f", or add {'larger' if largest else 'smaller'} choices to `{names[0]}`" if names else ""
+        return (
+            f"{term.text or term} cannot be met: the {'largest' if largest else 'smallest'} reachable value is {shown} "
+            f"({self._described(point)}); relax it to {term.metric}{relation}{bound}{term.context}{widest}"
+        )
+
+    def _conflict(self) -> str:
+        """The nearest point that was found, and how far it is from each term."""
+        best = min(self._tried, key=self.violation, default=None)
+        if best is None or math.isinf(self.violation(best)):
+            return "no point of the space was found to be valid"
+        parts: list[str] = []
+        for term, table in zip(self.terms, self._of_term, strict=True):
+            figures = table.figures(best)
+            assert figures is not None
+            value = figures[term.metric]
+            shown = f"{term.metric} {format_quantity(value, term.dimension)}"
+            excess = term.violation(value)
+            wanted = term.text or str(term)
+            parts.append(f"{shown} misses {wanted} by {excess:.2g} of it" if excess else f"{shown} meets {wanted}")
+        return (
+            "each term can be met alone, but no point was found that meets all: the nearest has "
+            f"{', '.join(parts)} ({self._described(best)})"
+        )
+
+    def _described(self, point: Mapping[str, Value]) -> str:
+        """The decisions outside of layers, and how many layers there are."""
+        program = self.space.program
+        around = [f"{name}={point[name]}" for name in self._outside if name in point and name not in program.lengths]
+        count = len(self._first.layout(point).units)
+        return ", ".join([*around[:4], f"{count} layer{'s' * (count != 1)}"])
+
+    def _sizes(self, point: Mapping[str, Value]) -> list[str]:
+        """The decisions outside of layers that are numbers, width first."""
+        found = [
+            name
+            for name in self._outside
+            if isinstance(value := point.get(name), int | float) and not isinstance(value, bool)
+        ]
+        return sorted(found, key=lambda name: name != "width")
+
+    def anchors(self) -> list[Point]:
+        """Points that meet the budget, from different corners of the space; none if none was found.
+
+        Looked for once, under the assignments of the decisions outside of layers that a table looks at, leaving out
+        those under which some term is out of reach: from the layers that are the best for each term, and from some at
+        random.
+        """
+        if self._anchors is None:
+            self._anchors, self._tried = [], []
+            rng = random.Random(0)
+            assignments = list(self._first.assignments())
+            rng.shuffle(assignments)
+            for point in assignments:
+                for start in self._starts(point, rng):
+                    state = self._descended(start, frozenset(), rng, outside=False)
+                    found = self.space.normalised(self._point(state))
+                    self._tried.append(found)
+                    if self.feasible(found):
+                        self._anchors.append(found)
+                        break
+                if len(self._anchors) == MAX_ANCHORS or len(self._tried) > MAX_DESCENTS:
+                    break
+        return self._anchors
+
+    def _within_reach(self, board: Board) -> bool:
+        """Whether each term alone might be met by the layers of a board."""
+        low, high = board.base.copy(), board.base.copy()
+        least, most = board.floor.copy(), board.floor.copy()
+        for kind in board.kinds:
+            low += kind.values.min(axis=0) * len(kind.members)
+            high += kind.values.max(axis=0) * len(kind.members)
+            least = np.maximum(least, kind.peaks.min(axis=0))
+            most = np.maximum(most, kind.peaks.max(axis=0))
+        slack = 1 + ROUNDING
+        return bool((low + least <= self._highs * slack).all() and ((high + most) * slack >= self._lows).all())
+
+    def _starts(self, point: Point, rng: random.Random) -> Iterator[State]:
+        """States under one assignment of the decisions outside of layers: the extremes of each term, then any."""
+        outside = {name: value for name, value in point.items() if name in self._outside}
+        board = self._board(point)
+        if board is None or not self._within_reach(board):
+            return
+        drawn: list[list[int]] = []
+        for number, term in enumerate(self.terms):
+            for sign in [1] * (term.high < math.inf) + [-1] * (term.low > 0):
+                best = [int(np.argmin(sign * (kind.values[:, number] + kind.peaks[:, number]))) for kind in board.kinds]
+                drawn.append([best[kind] for kind in board.kind_of])
+        while len(drawn) < STARTS:
+            drawn.append([rng.randrange(len(board.kinds[kind].options)) for kind in board.kind_of])
+        for picks in drawn:
+            yield self._evaluated(State(outside, board, picks, np.zeros(0), 0.0))
+
+    def _board(self, point: Mapping[str, Value]) -> Board | None:
+        """The layers under the decisions outside of them that a point has; None if nothing valid is there."""
+        key = tuple(map(point.get, self._outside))
+        if key not in self._boards:
+            self._boards[key] = self._laid(point)
+        return self._boards[key]
+
+    def _laid(self, point: Mapping[str, Value]) -> Board | None:
+        layouts = {work: table.layout(point) for work, table in self.tables.items()}
+        if not all(table.separable and table.surveyed(point) for table in self.tables.values()):
+            return None
+        units = next(iter(layouts.values())).units
+        kinds: dict[int, Kind] = {}
+        kind_of: list[int] = []
+        for position, unit in enumerate(units):
+            options = self._first.options(unit, point, layouts[self._first.work])
+            if not len(options):
+                return None
+            if id(options) not in kinds:
+                values, peaks = self._offered(unit, point, options)
+                kinds[id(options)] = Kind([], options, values, peaks, bool(peaks.any()))
+            kinds[id(options)].members.append(position)
+            kind_of.append(list(kinds).index(id(options)))
+        base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
+        for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
+            around = layouts[table.work].surroundings
+            weights, peak = linear(term.metric, around.work)
+            rows = [row for before in next(iter(around.frames.values())) for row in before]
+            base[number] = sum(float(weights @ np.array(row.sums)) for row in rows)
+            floor[number] = peak * max((row.peak for row in rows), default=0.0)
+        return Board(units, list(kinds.values()), kind_of, base, floor)
+
+    def _offered(self, unit: Unit, point: Mapping[str, Value], options: Options) -> tuple[Floats, Floats]:
+        """What each setting of a layer adds to each term, and its peak, `[settings, terms]`."""
+        if id(options) not in self._offers:
+            values = np.zeros((len(options), len(self.terms)))
+            peaks = np.zeros_like(values)
+            for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
+                layout = table.layout(point)
+                weights, peak = linear(term.metric, layout.surroundings.work)
+                theirs = options if table is self._first else table.options(unit, point, layout)
+                values[:, number] = theirs.sums @ weights
+                peaks[:, number] = theirs.peaks * peak
+            self._offers[id(options)] = options, values, peaks
+        return self._offers[id(options)][1:]
+
+    def _state(self, point: Point) -> State | None:
+        """Where a point stands; layers whose setting is invalid or not among the options get the nearest that is."""
+        board = self._board(point)
+        if board is None:
+            return None
+        program = self.space.program
+        picks = [
+            self._pick(board.kinds[kind].options, unit.setting(program, point))
+            for unit, kind in zip(board.units, board.kind_of, strict=True)
+        ]
+        outside = {name: value for name, value in point.items() if name in self._outside}
+        return self._evaluated(State(outside, board, picks, np.zeros(0), 0.0))
+
+    def _pick(self, options: Options, setting: Setting) -> int:
+        """The index of a setting, or of the first of those that have most of its values."""
+        known = options.index.get(setting)
+        if known is not None:
+            return known
+        wanted = set(setting)
+        return int(np.argmax([len(wanted & set(other)) for other in options.settings]))
+
+    def _evaluated(self, state: State) -> State:
+        board = state.board
+        values, peaks = board.base.copy(), board.floor.copy()
+        for kind in board.kinds:
+            picked = [state.picks[position] for position in kind.members]
+            values += np.add.reduce(kind.values.take(picked, axis=0))
+            if kind.has_peaks:
+                peaks = np.maximum(peaks, np.maximum.reduce(kind.peaks.take(picked, axis=0)))
+        state.values = values + peaks
+        state.violation = float(self._violations(state.values))
+        return state
+
+    def _violations(self, values: Floats) -> Floats:
+        """Violation of all terms together, for an array of values whose last axis is the terms."""
+        total = np.maximum(values - self._highs, 0.0) @ self._per_high + np.maximum(self._lows - values, 0.0) @ self._per_low
+        if self._strict:
+            edge = (self._strict_high & (values == self._highs)) | (self._strict_low & (values == self._lows))
+            total = total + edge.any(axis=-1) * np.finfo(float).eps
+        return total
+
+    def _descended(
+        self, state: State, kept: frozenset[str], rng: random.Random, *, outside: bool = True
+    ) -> State:
+        """Changes of layers and of single decisions outside of them as long as they help; pairs where they do not.
+
+        Decisions outside of layers are weighed in the beginning, after each of them that was changed, and where
+        nothing else helps.
+        """
+        look_outside = outside
+        for _ in range(MAX_STEPS):
+            if state.violation == 0:
+                break
+            inside = self._layer_changes(state, kept, rng)
+            around = self._best_outside(state, kept, rng) if look_outside or (outside and not inside) else None
+            if around is not None and (not inside or around[0] > inside[0].score):
+                state, look_outside = around[1], outside
+                continue
+            look_outside = False
+            better = self._taken(state, inside) if inside else self._best_pair(state, kept, rng)
+            if better is None:
+                break
+            state = better
+        return state
+
+    def _layer_changes(self, state: State, kept: frozenset[str], rng: random.Random) -> list[Change]:
+        """For each layer the change that takes most violation away per decision disturbed, the best first."""
+        found: list[Change] = []
+        total, rests = self._rests(state)
+        for kind in state.board.kinds:
+            current = np.array([state.picks[position] for position in kind.members])
+            if kept or kind.has_peaks:
+                distinct, rest, alike = current, rests[kind.members], np.arange(len(current))
+            else:
+                distinct, alike = np.unique(current, return_inverse=True)
+                rest = np.broadcast_to(state.board.floor, (len(distinct), len(self.terms)))
+            after = (total - kind.values[distinct])[:, None] + kind.values + np.maximum(rest[:, None], kind.peaks)
+            gain = (state.violation - self._violations(after)) / np.maximum(kind.options.distances[distinct], 1)
+            if kept:
+                gain = np.where(self._allowed(kind, state, kept), gain, -math.inf)
+            best = gain.max(axis=1)
+            ties = [np.flatnonzero(row) for row in gain >= best[:, None] * (1 - TIES)]
+            scores = best.tolist()
+            for position, row in zip(kind.members, alike.tolist(), strict=True):
+                if scores[row] > 0:
+                    pick = int(ties[row][int(rng.random() * len(ties[row]))])
+                    found.append(Change(scores[row], position, kind, pick))
+        rng.shuffle(found)
+        return sorted(found, key=lambda change: -change.score)
+
+    def _taken(self, state: State, changes: Sequence[Change]) -> State:
+        """The state after the best change, or after as many of those nearly as good as it takes to meet the budget."""
+        good = [change for change in changes if change.score >= changes[0].score * NEARLY_AS_GOOD]
+        deltas = [kind.values[pick] - kind.values[state.picks[position]] for _, position, kind, pick in good]
+        ahead = self._violations(state.values + np.cumsum(deltas, axis=0))
+        for count in dict.fromkeys((int(np.argmin(ahead)) + 1, 1)):
+            picks = list(state.picks)
+            for change in good[:count]:
+                picks[change.position] = change.pick
+            found = self._evaluated(State(state.outside, state.board, picks, state.values, 0.0))
+            if found.violation < state.violation:
+                break
+        return found
+
+    def _rests(self, state: State) -> tuple[Floats, Floats]:
+        """The values without peaks, and for each layer the largest peak of everything else."""
+        board = state.board
+        total = board.base.copy()
+        peaks = np.zeros((len(board.units) + 1, len(self.terms)))
+        peaks[-1] = board.floor
+        for kind in board.kinds:
+            picked = [state.picks[position] for position in kind.members]
+            total += kind.values[picked].sum(axis=0)
+            peaks[kind.members] = kind.peaks[picked]
+        order = np.sort(peaks, axis=0)
+        largest, second = order[-1], order[-2] if len(order) > 1 else order[-1]
+        unique = (peaks == largest).sum(axis=0) == 1
+        return total, np.where((peaks[:-1] == largest) & unique, second, largest)
+
+    def _allowed(self, kind: Kind, state: State, kept: frozenset[str]) -> np.ndarray:
+        """For each layer of a kind and each option whether it leaves what is to be kept as it is."""
+        codes = kind.options.codes
+        allowed = np.ones((len(kind.members), len(kind.options)), dtype=bool)
+        for row, position in enumerate(kind.members):
+            for slot, decision in enumerate(state.board.units[position].decisions):
+                if decision.name in kept:
+                    allowed[row] &= codes[:, slot] == codes[state.picks[position], slot]
+        return allowed
+
+    def _best_outside(
+        self, state: State, kept: frozenset[str], rng: random.Random
+    ) -> tuple[float, State] | None:
+        """The change of one decision outside of layers that takes most violation away per decision disturbed.
+
+        A length disturbs the decisions of the layers that come or go, any other decision as many as half the layers.
+        """
+        best: list[tuple[float, State]] = []
+        lengths = self.space.program.lengths
+        for name in state.outside:
+            decision = self.space.program.decisions[name]
+            if name in kept or decision.count == 1:
+                continue
+            for value in _spread(decision, state.outside[name]):
+                other = self._moved(state, name, value, rng)
+                if other is None or other.violation >= state.violation:
+                    continue
+                disturbed = (len(state.board.units) + 1) // 2
+                if name in lengths:
+                    disturbed = sum(len(unit.decisions) + 1 for unit in {*state.board.units} ^ {*other.board.units})
+                best.append(((state.violation - other.violation) / max(1, disturbed), other))
+        top = max((score for score, _ in best), default=0.0)
+        ties = [found for found in best if found[0] >= top * (1 - TIES)]
+        return rng.choice(ties) if ties else None
+
+    def _moved(self, state: State, name: str, value: Value, rng: random.Random) -> State | None:
+        """The state with one decision outside of layers changed; layers keep their settings where they can."""
+        outside = {**state.outside, name: value}
+        key = tuple(map(outside.get, self._outside))
+        if key not in self._boards:
+            completed = self.space.complete({**self._point(state), name: value}, rng)
+            outside = {name: value for name, value in completed.items() if name in self._outside}
+            self._boards[key] = self._board(completed)
+        board = self._boards[key]
+        if board is None:
+            return None
+        carry = self._carried(state.board, board)
+        picks = [
+            int(rng.random() * many) if source is None else there[state.picks[source]]
+            for source, there, many in carry
+        ]
+        return self._evaluated(State(outside, board, picks, state.values, 0.0))
+
+    def _carried(self, old: Board, new: Board) -> list[tuple[int | None, list[int], int]]:
+        """For each layer of a board its position on another, its options there by those here, and how many it has."""
+        key = id(old), id(new)
+        if key not in self._carries:
+            positions = {unit.name: position for position, unit in enumerate(old.units)}
+            maps: dict[tuple[int, int], list[int]] = {}
+            carry: list[tuple[int | None, list[int], int]] = []
+            for unit, kind in zip(new.units, new.kind_of, strict=True):
+                options, source = new.kinds[kind].options, positions.get(unit.name)
+                if source is None:
+                    carry.append((None, [], len(options)))
+                    continue
+                before = old.kinds[old.kind_of[source]].options
+                pair = id(before), id(options)
+                if pair not in maps:
+                    maps[pair] = [self._pick(options, setting) for setting in before.settings]
+                carry.append((source, maps[pair], len(options)))
+            self._carries[key] = carry
+        return self._carries[key]
+
+    def _best_pair(self, state: State, kept: frozenset[str], rng: random.Random) -> State | None:
+        """Two layers changed together, the best of many pairs drawn at random; None if none helps."""
+        if len(state.board.units) < 2 or kept:
+            return None
+        source = np.random.default_rng(rng.getrandbits(64))
+        board = state.board
+        total, _ = self._rests(state)
+        kinds = [board.kinds[kind] for kind in board.kind_of]
+        values = [kind.values - kind.values[pick] for kind, pick in zip(kinds, state.picks, strict=True)]
+        sizes = np.array([len(kind.options) for kind in kinds])
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        changes = np.concatenate(values)
+        first, second = source.integers(0, len(changes), (2, PAIRS))
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        apart = owner[first] != owner[second]
+        first, second = first[apart], second[apart]
+        if not len(first):
+            return None
+        peak = state.values - total
+        after = self._violations(total + peak + changes[first] + changes[second])
+        for index in np.argsort(after)[:8]:
+            picks = list(state.picks)
+            for chosen in (first[index], second[index]):
+                picks[int(owner[chosen])] = int(chosen - starts[owner[chosen]])
+            found = self._evaluated(State(state.outside, board, picks, state.values, 0.0))
+            if found.violation < state.violation:
+                return found
+        return None
+
+    def _point(self, state: State) -> Point:
+        point = dict(state.outside)
+        for unit, kind, pick in zip(state.board.units, state.board.kind_of, state.picks, strict=True):
+            for slot, value in state.board.kinds[kind].options.settings[pick]:
+                point[unit.decisions[slot].name] = value
+        return point
+
+    def _settled(self, state: State, proposal: Point, kept: frozenset[str]) -> Point | None:
+        """The point of a state with needless changes taken back, if it meets the budget indeed."""
+        if state.violation > 0:
+            return None
+        state = self._restored(state, proposal)
+        found = self.space.normalised(self._point(state))
+        if any(name in proposal and found.get(name) != proposal[name] for name in kept):
+            return None
+        return found if self.feasible(found) else None
+
+    def _restored(self, state: State, proposal: Point) -> State:
+        """The state with each layer given back what was proposed for it, where the budget allows that."""
+        program = self.space.program
+        for position, (unit, kind) in enumerate(zip(state.board.units, state.board.kind_of, strict=True)):
+            if any(decision.name in proposal for decision in unit.decisions):
+                wanted = unit.complete(
+                    program, {**proposal, **state.outside}, lambda each: proposal.get(each.name, each.first)
+                )
+                pick = state.board.kinds[kind].options.index.get(wanted)
+                if pick is not None and pick != state.picks[position]:
+                    picks = list(state.picks)
+                    picks[position] = pick
+                    tried = self._evaluated(State(state.outside, state.board, picks, state.values, 0.0))
+                    if tried.violation == 0:
+                        state = tried
+        return state
+
+    def _approached(self, anchor: Point, proposal: Point) -> Point:
+        """A point that meets the budget, given what was proposed for one layer after the other while it still does."""
+        state = self._state(anchor)
+        if state is None or state.violation > 0:
+            return anchor
+        found = self.space.normalised(self._point(self._restored(state, proposal)))
+        return found if self.feasible(found) else anchor
+
+
+def _disturbance(a: Mapping[str, Value], b: Mapping[str, Value]) -> int:
+    """In how many decisions two points differ."""
+    return sum(1 for name in a.keys() | b.keys() if name not in a or name not in b or a[name] != b[name])
+
+
+def _spread(decision: Decision, value: Value) -> list[Value]:
+    """The other values of a decision; of many, some that are spread evenly."""
+    if decision.kind != "float" and (decision.count or 0) <= MAX_VALUES:
+        found = decision.values()
+    elif decision.kind == "choice":
+        found = decision.labels[:: -(-len(decision.labels) // MAX_VALUES)]
+    else:
+        step = (decision.high - decision.low) / (MAX_VALUES - 1)
+        found = tuple(decision.number(decision.low + step * index) for index in range(MAX_VALUES))
+    return [other for other in found if other != value or type(other) is not type(value)]
+
+
+def _rounded(value: float, *, up: bool) -> float:
+    """The value with three significant digits, rounded away from what cannot be reached."""
+    if value <= 0 or not math.isfinite(value):
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return (math.ceil if up else math.floor)(value / unit) * unit
