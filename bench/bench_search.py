@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 
 from zoo.device import fingerprint
 from zoo.search.evaluate import Evaluation
@@ -104,7 +105,7 @@ def rival(space: Space, trials: int) -> list[float]:
     """Seconds of each trial of Optuna's own loop over the same decisions, with its default sampler on a journal."""
     spans: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        backend = optuna.storages.journal.JournalFileBackend(str(Path(folder) / "journal"))
+        backend = JournalFileBackend(str(Path(folder) / "journal"))
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend), sampler=optuna.samplers.TPESampler(seed=0)
         )

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.accounting import Workload as Workload
+    from zoo.accounting import metrics as metrics
     from zoo.blocks.model import Spec as Spec
     from zoo.component import Axis as Axis
     from zoo.component import Child as Child
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from zoo.component import Traits as Traits
     from zoo.errors import SpecError as SpecError
     from zoo.errors import ZooError as ZooError
-    from zoo.metrics import Workload as Workload
-    from zoo.metrics import metrics as metrics
     from zoo.model import Model as Model
     from zoo.model import Output as Output
     from zoo.model import State as State
@@ -49,7 +49,7 @@ _HOMES = {
     "SpecError": "zoo.errors",
     "State": "zoo.model",
     "Traits": "zoo.component",
-    "Workload": "zoo.metrics",
+    "Workload": "zoo.accounting",
     "ZooError": "zoo.errors",
     "build": "zoo.model",
     "components": "zoo.registry",
@@ -57,7 +57,7 @@ _HOMES = {
     "load": "zoo.spec.document",
     "load_model": "zoo.model",
     "load_space": "zoo.search.space",
-    "metrics": "zoo.metrics",
+    "metrics": "zoo.accounting",
     "parse": "zoo.spec.document",
     "register": "zoo.registry",
     "spec_hash": "zoo.spec.document",

@@ -363,23 +363,31 @@ def _translated(component: type[Component], error: ValidationError, broken: set[
     roots = {path.split(".")[0].split("[")[0] for path in broken}
     found = error.errors(include_url=False, include_context=True)
     unknown = [str(item["loc"][0]) for item in found if item["type"] == "extra_forbidden"]
-    meant = {nearest(key, component.model_fields) for key in unknown}
+    keys = _keys(component)
+    meant = {nearest(key, keys) for key in unknown}
     seen: set[str] = set()
     for item in found:
         field = str(item["loc"][0]) if item["loc"] else ""
         needed = item["type"] == "missing" and len(item["loc"]) == 1
-        if field in roots or field in seen or (needed and field in meant):
+        if field in roots or field in seen or (needed and meant & {field, "extends"}):
             continue
         seen.add(field)
         index = "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))
         if item["type"] == "extra_forbidden":
-            message = f"unknown key {field!r} of {name}{did_you_mean(field, component.model_fields)}"
+            message = f"unknown key {field!r} of {name}{did_you_mean(field, keys)}"
         elif needed:
             message = f"{name} needs {field!r}"
         else:
             message = f"expected {_expected(item, slots(component).get(field))}; got {_shown(item['input'])}"
             index = "" if item["type"] == "missing" else index
         yield Problem(field + index, message)
+
+
+def _keys(component: type[Component]) -> list[str]:
+    """The keys of a mapping that stands for a component in a file."""
+    beside = ["overrides"] if "layers" in component.model_fields else []
+    on_top = ["extends", "vars"] if component.role is Role.MODEL else []
+    return ["type", *component.model_fields, *beside, *on_top]
 
 
 def _expected(item: ErrorDetails, slot: Slot | None) -> str:

@@ -73,7 +73,7 @@ class SpecItem(pytest.Item):
 
     def build(self, spec: Any, parse: Any) -> None:
         """Build on `meta`, and compare what was built and what is printed with the spec."""
-        from zoo.metrics import metrics
+        from zoo.accounting import metrics
         from zoo.model import build
         from zoo.spec.document import dump
 

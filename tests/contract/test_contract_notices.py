@@ -96,6 +96,12 @@ class RoundsHalves(Sums):
         return y if x.dtype != torch.bfloat16 else y.mul(4).round().div(4)
 
 
+class MixesDtypes(Sums):
+    def mapped(self, module: Any, x: Tensor) -> Tensor:
+        tokens = torch.arange(x.shape[1], device=x.device)
+        return torch.zeros_like(x).index_add(1, tokens, super().mapped(module, x))
+
+
 class Forgets(Sums):
     def forward(self, module: Any, x: Tensor, ctx: Context, state: Any = None) -> Any:
         return super().forward(module, x, ctx)[0], state
@@ -243,6 +249,7 @@ NOTICED = {
     "test_takes_the_grids_it_promises": [OnLines],
     "test_float32_agrees_with_float64": [RoundsEarly],
     "test_bfloat16_agrees_with_float64": [Widens, RoundsHalves],
+    "test_runs_under_autocast": [MixesDtypes],
     "test_no_token_sees_later_ones": [Leaks, Dead],
     "test_tokens_see_later_ones": [Looks],
     "test_pieces_equal_the_whole": [Forgets],

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from zoo.accounting import Workload, metrics
 from zoo.latency import Context, LatencyFigure, Phase
-from zoo.metrics import Workload, metrics
 from zoo.search.evaluate import Evaluation, EvaluationError
 from zoo.search.results import Results
 from zoo.search.space import Space
@@ -47,7 +47,7 @@ def tiny() -> Space:
 class FakeEvaluator:
     """A loss that follows from the spec alone, reported four times on the way; mixed and wide specs are better."""
 
-    def __init__(self, fail: Callable[[Any], str] = lambda spec: "", before: Callable[[int], None] = lambda count: None):
+    def __init__(self, fail: Callable[[Any], str] | None = None, before: Callable[[int], None] | None = None) -> None:
         self.evaluated: list[str] = []
         self.fail = fail
         self.before = before
@@ -59,11 +59,16 @@ class FakeEvaluator:
         return {"loss": "minimize", "accuracy": "maximize"}
 
     def evaluate(
-        self, spec: Any, trial_number: int, report: Callable[[int, float], None], should_stop: Callable[[], bool]
+        self,
+        spec: Any,
+        trial_number: int,  # noqa: ARG002
+        report: Callable[[int, float], None],
+        should_stop: Callable[[], bool],
     ) -> Evaluation:
-        self.before(len(self.evaluated))
+        if self.before is not None:
+            self.before(len(self.evaluated))
         self.evaluated.append(spec.hash)
-        reason = self.fail(spec)
+        reason = self.fail(spec) if self.fail is not None else ""
         if reason:
             raise EvaluationError(reason)
         kinds = {layer.mixer.type for layer in spec.body.layers}

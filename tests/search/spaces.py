@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ body:
   type: stages
   stages:
     - width: 16
-      layers: {repeat: {int: [1, 3]}, of: {mixer: {choice: [identity, pooling]}, channel: {type: mlp, ratio: $expansion}}}
+      layers:
+        repeat: {int: [1, 3]}
+        of: {mixer: {choice: [identity, pooling]}, channel: {type: mlp, ratio: $expansion}}
     - width: $(16 * scale)
       reduce: merge
       layers:
@@ -78,6 +81,7 @@ def hybrid() -> Space:
     return Space.parse(HYBRID.read_text(), "hybrid.yaml")
 
 
+@cache
 def real() -> dict[str, Space]:
     """Spaces of every shape that real files have, by name."""
     texts = {"stages": STAGES, "shared": SHARED, "everything": EVERYTHING}
@@ -88,26 +92,30 @@ def points(space: Space) -> Iterator[Point]:
     """Every point of a small space, by trying for each decision in turn the next of its values."""
     script: list[int] = []
     while True:
-        asked: list[int] = []
-
-        def choose(decision: Decision) -> Value:
-            values = decision.values()
-            index = script[len(asked)] if len(asked) < len(script) else 0
-            asked.append(len(values) - index - 1)
-            return values[index]
-
-        yield space.decide(choose)
-        script = [*script, *[0] * (len(asked) - len(script))][: len(asked)]
-        while asked and asked[-1] == 0:
-            asked.pop()
+        left: list[int] = []
+        yield space.decide(_following(script, left))
+        script = [*script, *[0] * len(left)][: len(left)]
+        while left and left[-1] == 0:
+            left.pop()
             script.pop()
-        if not asked:
+        if not left:
             return
         script[-1] += 1
 
 
+def _following(script: list[int], left: list[int]) -> Callable[[Decision], Value]:
+    """Takes the values that the script has the numbers of, then first ones; notes how many values follow each."""
+
+    def choose(decision: Decision) -> Value:
+        values = decision.values()
+        index = script[len(left)] if len(left) < len(script) else 0
+        left.append(len(values) - index - 1)
+        return values[index]
+
+    return choose
+
+
 LABELS = st.lists(st.sampled_from([1, 2, 3, None, "a", "b"]), min_size=1, max_size=3, unique=True)
-NAMES = st.sampled_from([None, None, None, "p", "q"])
 
 
 def _hole(options: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -127,33 +135,38 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 LENGTHS = st.sampled_from(
-    [1, 2, {"int": [0, 2]}, {"int": [1, 2]}, {"choice": [1, 3]}, "$n", {"choice": {"a": 1, "b": {"int": [0, 1]}, "c": "$n"}}]
+    [
+        1,
+        2,
+        {"int": [0, 2]},
+        {"int": [1, 2]},
+        {"choice": [1, 3]},
+        "$n",
+        {"choice": {"a": 1, "b": {"int": [0, 1]}, "c": "$n"}},
+    ]
 )
-LAYERS = st.lists(
-    st.one_of(
-        VALUES,
-        st.fixed_dictionaries({"repeat": LENGTHS, "of": VALUES}),
-        st.fixed_dictionaries(
-            {"repeat": LENGTHS, "of": st.tuples(VALUES, st.fixed_dictionaries({"repeat": LENGTHS, "of": VALUES})).map(list)}
-        ),
-    ),
-    min_size=1,
-    max_size=2,
+REPEATED = st.fixed_dictionaries({"repeat": LENGTHS, "of": VALUES})
+NESTED = st.fixed_dictionaries({"repeat": LENGTHS, "of": st.tuples(VALUES, REPEATED).map(list)})
+LAYERS = st.lists(st.one_of(VALUES, REPEATED, NESTED), min_size=1, max_size=2)
+BODIES = st.one_of(
+    st.fixed_dictionaries({"layers": LAYERS}),
+    st.fixed_dictionaries({"layers": LAYERS, "x": st.just("$(2 * width)")}),
+)
+SHARED_HOLES = st.sampled_from([{"choice": [1, 2]}, {"choice": {"one": 1, "more": {"choice": [2, 3]}}}])
+SHARED_NODES = st.sampled_from(
+    [{"k": {"choice": [1, 2]}}, {"choice": {"r": {"k": {"choice": [1, 2]}}, "v": "$v"}}, "$v"]
 )
 
 
 @st.composite
 def templates(draw: st.DrawFn) -> Template:
     """Documents without meaning that use everything of the language: shared and private holes, arithmetic, lengths."""
-    shared = draw(st.sampled_from([{"choice": [1, 2]}, {"choice": {"one": 1, "more": {"choice": [2, 3]}}}]))
+    lengths = st.sampled_from([1, {"int": [0, 2]}, "$m"])
     document = {
-        "vars": {"n": draw(st.sampled_from([1, {"int": [0, 2]}, "$m"])), "m": 2, "v": shared, "w": draw(VALUES_OF_W)},
+        "vars": {"n": draw(lengths), "m": 2, "v": draw(SHARED_HOLES), "w": draw(SHARED_NODES)},
         "width": draw(st.sampled_from([8, {"choice": [8, 16]}])),
         "other": draw(VALUES),
-        "body": draw(st.one_of(st.fixed_dictionaries({"layers": LAYERS}), st.fixed_dictionaries({"layers": LAYERS, "x": st.just("$(2 * width)")}))),
+        "body": draw(BODIES),
         "list": draw(LAYERS),
     }
     return compile_document(tree(document))
-
-
-VALUES_OF_W = st.sampled_from([{"k": {"choice": [1, 2]}}, {"choice": {"r": {"k": {"choice": [1, 2]}}, "v": "$v"}}, "$v"])

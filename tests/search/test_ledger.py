@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from zoo.errors import ZooError
 from zoo.search.ledger import JOURNAL, Codec, JournalFile, Ledger, remove
@@ -76,7 +77,7 @@ def test_trials_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_study_is_an_ordinary_one(tmp_path: Path) -> None:
     write(open_ledger(tmp_path), trial(0), trial(1), trial(2, status="failed", values=()))
-    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL))
+    backend = JournalFileBackend(str(tmp_path / JOURNAL))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
     assert study.best_value == 1.0 and len(study.trials) == 3
     assert study.trials[0].params == {"mixer": "str attention", "depth": 5, "rate": 0.75}

@@ -15,8 +15,8 @@ import pytest
 from fakes import FakeEvaluator, search
 
 import zoo
+from zoo.accounting import metrics
 from zoo.errors import ZooError
-from zoo.metrics import metrics
 from zoo.search.ledger import JOURNAL
 from zoo.search.measure import label
 from zoo.search.results import Results, write_results
@@ -52,7 +52,8 @@ def test_nothing_is_evaluated_twice_and_everything_meets_the_budget(tmp_path: Pa
     evaluator = FakeEvaluator()
     trials = 6 if sampler == "gp" else 20
     budget = "params<=20k state<=10KB latency<=3ms@cpu"
-    results = search(tmp_path / "run", evaluator, sampler=sampler, budget=budget, trials=trials, objective="loss,params")
+    settings = {"sampler": sampler, "budget": budget, "trials": trials, "objective": "loss,params"}
+    results = search(tmp_path / "run", evaluator, **settings)
     assert len(evaluator.evaluated) == len(set(evaluator.evaluated)) == trials
     done = [trial for trial in results.trials if trial.trained]
     assert len(done) == trials
@@ -60,7 +61,7 @@ def test_nothing_is_evaluated_twice_and_everything_meets_the_budget(tmp_path: Pa
     for trial in done:
         counted = metrics(space.spec_at(trial.point))
         assert counted["params"] == trial.metrics["params"] <= 20_000 and counted["state"] <= 10_000
-        assert counted["flops"] * 1e-9 == pytest.approx(trial.metrics["latency@cpu"]) and trial.metrics["latency@cpu"] <= 3e-3
+        assert counted["flops"] * 1e-9 == pytest.approx(trial.metrics["latency@cpu"]) and counted["flops"] <= 3e6
         assert min(trial.slack.values()) >= 0
         assert space.spec_at(trial.point).hash == trial.spec_hash
     assert len({trial.key for trial in results.trials}) == len(results.trials)
@@ -253,7 +254,7 @@ def test_time_may_run_out(tmp_path: Path) -> None:
 
 
 def test_two_searches_on_one_file_share_the_work(tmp_path: Path) -> None:
-    settings = {"trials": 24}
+    settings: dict[str, Any] = {"trials": 24}
     slow = FakeEvaluator(before=lambda count: time.sleep(0.01))  # noqa: ARG005
     children = []
     for _ in range(2):
@@ -305,7 +306,8 @@ def test_results_can_be_written_anew_from_the_study_alone(tmp_path: Path) -> Non
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     again = write_results(folder)
     assert outline(again) == outline(results)
-    assert {path.name: path.read_text() for path in (folder / "front").iterdir()} == kept and len(kept) == len(results.front)
+    assert {path.name: path.read_text() for path in (folder / "front").iterdir()} == kept
+    assert len(kept) == len(results.front)
     assert (folder / "best.yaml").read_text() == best
     assert results.best is not None and zoo.load(folder / "best.yaml").hash == results.best.spec_hash
     for trial, path in zip(results.front, sorted((folder / "front").iterdir()), strict=True):

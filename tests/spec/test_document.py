@@ -328,10 +328,11 @@ def test_the_hash_changes_with_every_field_of_every_part() -> None:
     variants += [Spec(body=base.body, **{**fixed, "head": head}) for head in changed(fixed["head"]).values()]
     variants += [Spec(body=base.body, **{**fixed, "stem": stem}) for stem in changed(fixed["stem"]).values()]
     variants += [Spec(body=body, **fixed) for body in changed(base.body).values()]
-    variants += [Spec(body=base.body, **fixed, **extra) for extra in (
+    changes: tuple[dict[str, Any], ...] = (
         {"norm": zoo.LayerNorm()}, {"activation": zoo.ReLU()}, {"position": zoo.NoPosition()}, {"context": 7},
         {"init_std": 0.5}, {"norm": zoo.RMSNorm(eps=1e-3)}, {"position": zoo.Rotary(base=7.0)},
-    )]  # fmt: skip
+    )  # fmt: skip
+    variants += [Spec(body=base.body, **fixed, **change) for change in changes]
     variants.append(Spec(body=zoo.Stack(layers=(layer, layer)), **fixed))
     # A field that is spelled out as what it is anyway makes no other architecture.
     different = [spec for spec in variants if canonical(spec) != canonical(base)]

@@ -13,10 +13,10 @@ from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, 
 from zoo.errors import ZooError, did_you_mean
 
 if TYPE_CHECKING:
+    from zoo.accounting import Tally, Workload
     from zoo.blocks.model import Spec
     from zoo.component import Component
     from zoo.errors import Problem
-    from zoo.metrics import Tally, Workload
 
 HEADLINE = ("params", "active_params", "flops", "decode_flops", "weights", "state", "memory")
 """Figures that `zoo show` prints for a spec."""
@@ -123,7 +123,7 @@ def _default(value: Any) -> str:
 
 
 def _show_file(path: Path, canonical: bool, as_json: bool) -> None:
-    from zoo.metrics import metrics
+    from zoo.accounting import metrics
     from zoo.spec.check import is_open
     from zoo.spec.document import canonical as canonical_form
     from zoo.spec.document import dump, finished, read
@@ -219,7 +219,7 @@ def print_cost(
     as_json: bool,
 ) -> None:
     """Print all analytic figures of a spec, on request for each part, and what it measures on a device."""
-    from zoo.metrics import Workload, figures, parts
+    from zoo.accounting import Workload, figures, parts
     from zoo.spec.document import load
 
     spec = load(name)
@@ -256,7 +256,7 @@ def print_cost(
 
 
 def _sum(tallies: Iterator[Tally]) -> Tally:
-    from zoo.metrics import Tally
+    from zoo.accounting import Tally
 
     return sum(tallies, Tally())
 
@@ -276,7 +276,7 @@ def _what(component: Component) -> str:
 def print_kernels(device: str, dtype: str, as_json: bool) -> None:
     """Print for each primitive which implementation serves on a device, and why the others do not."""
     from zoo import kernels
-    from zoo.metrics import ALIASES
+    from zoo.accounting import ALIASES
 
     rows = kernels.explain(device, ALIASES.get(dtype, dtype))
     if as_json:
@@ -294,10 +294,10 @@ def print_kernels(device: str, dtype: str, as_json: bool) -> None:
 
 def _measured(spec: Spec, work: Workload, device: str) -> Iterator[tuple[str, dict[str, float]]]:
     """Timings of a forward pass and, for language models, of one decoding step."""
+    from zoo.accounting import ALIASES
     from zoo.blocks.model import Spec
     from zoo.device import resolve_device
     from zoo.latency import Context, MeasuredLatency
-    from zoo.metrics import ALIASES
     from zoo.model import build
     from zoo.spec.document import spec_hash
 

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zoo.accounting import ALIASES, ELEMENT_BYTES, metrics
 from zoo.cli.output import console, print_json, shown
 from zoo.errors import ZooError, did_you_mean
-from zoo.metrics import ALIASES, ELEMENT_BYTES, metrics
 from zoo.spec.document import dump, load
 
 

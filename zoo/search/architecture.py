@@ -41,9 +41,9 @@ def _layers(body: Component, width: int) -> Iterator[tuple[Component, int]]:
 
 
 def _hidden(channel: Component | None, width: int) -> int | None:
-    given = getattr(channel, "hidden", None)
-    widened = getattr(channel, "widened", None)
-    return widened(width) if given is None and callable(widened) else given
+    given: int | None = getattr(channel, "hidden", None)
+    widened: Any = getattr(channel, "widened", None)
+    return int(widened(width)) if given is None and widened is not None else given
 
 
 def _named(part: Component | None, layer: Component, branch: str) -> tuple[str, str]:

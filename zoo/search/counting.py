@@ -14,7 +14,7 @@ from functools import reduce
 from itertools import groupby
 
 from zoo.errors import ZooError
-from zoo.search.program import Block, Count, Decide, Decision, Entry, Listing, Point, Program, Refer, evaluate
+from zoo.search.program import Block, Count, Decide, Decision, Entry, Listing, Point, Program, Refer, Value, evaluate
 
 Polynomial = Mapping[frozenset[str], int]
 ONE: Polynomial = {frozenset(): 1}
@@ -148,7 +148,7 @@ class _Counter:
             return {active | {f"={name}"}: number for active, number in inside.items()}
         return self.options(step.decision, step.branches, lengths)
 
-    def options(self, decision: Decision, branches: Mapping[object, Block], lengths: Point) -> Polynomial:
+    def options(self, decision: Decision, branches: Mapping[Value, Block], lengths: Point) -> Polynomial:
         total: dict[frozenset[str], int] = {}
         plain = (decision.count or 0) - len(branches)
         if plain:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from zoo.blocks.model import Spec
 
 Report = Callable[[int, float], None]
+
+_DIVERGED = re.compile(r"the (training|validation) loss of step \d+ is ")
+"""How `zoo.train.loop.fit` says that a loss stopped being finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +41,17 @@ class EvaluationError(ZooError):
 
 
 class Evaluator(Protocol):
-    """Tells what an architecture is worth; the same for the same architecture, whenever it is asked."""
+    """Tells what an architecture is worth, the same for equal architectures."""
 
     def identity(self) -> Mapping[str, Any]:
-        """Everything that decides the outcome (data, steps, seed), as plain data: a search cannot go on with another."""
+        """Everything that decides the outcome, as plain data: a search goes on only with what it began with."""
         ...
 
     def metrics(self) -> Mapping[str, str]:
         """Names of the metrics that it finds, and whether to `minimize` or `maximize` each."""
         ...
 
-    def evaluate(
-        self, spec: Spec, trial_number: int, report: Report, should_stop: Callable[[], bool]
-    ) -> Evaluation:
+    def evaluate(self, spec: Spec, trial_number: int, report: Report, should_stop: Callable[[], bool]) -> Evaluation:
         """Evaluate one architecture.
 
         `report(step, value)` is called with the metric so far, the same for all candidates, signed so that less is
@@ -102,16 +104,14 @@ class TrainEvaluator:
         if problems:
             raise ZooError(f"data set {self.settings.data!r} does not fit the space: {'; '.join(problems)}")
 
-    def evaluate(
-        self, spec: Spec, trial_number: int, report: Report, should_stop: Callable[[], bool]
-    ) -> Evaluation:
+    def evaluate(self, spec: Spec, trial_number: int, report: Report, should_stop: Callable[[], bool]) -> Evaluation:
         import torch
 
         from zoo.model import build
         from zoo.train.loop import fit
 
         settings = self._settings_for(spec)
-        folder = self.folder / f"{trial_number:05d}"
+        folder = self.folder / f"{trial_number:05d}-{spec.hash[:8]}"
         sign = -1.0 if self._description.direction == "maximize" else 1.0
         with _memory_released():
             try:
@@ -129,7 +129,7 @@ class TrainEvaluator:
             except torch.OutOfMemoryError as error:
                 raise EvaluationError(f"out of memory: {str(error).splitlines()[0]}") from error
             except ZooError as error:
-                if "is not finite" in str(error) or " is nan" in str(error) or " is inf" in str(error):
+                if _DIVERGED.match(str(error)):
                     raise EvaluationError(str(error)) from error
                 raise
             finally:

@@ -31,13 +31,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from zoo.errors import ZooError
 from zoo.search.objective import Objective
-from zoo.search.trial import Point, Status, Trial
+from zoo.search.trial import Status, Trial
 
 JOURNAL = "study.journal"
 STUDY = "zoo"
 FORMAT = 1
 
-_IDENTITY, _ABOUT, _RECORD, _CLAIM = "zoo", "zoo:about", "zoo", "claim:"
+_SEARCH, _RECORD, _CLAIM = "zoo", "zoo", "claim:"
 _STATES: Mapping[Status, TrialState] = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -46,7 +46,7 @@ _STATES: Mapping[Status, TrialState] = {
 }
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _CLAIM_OF_ANOTHER_HOST = 24 * 3600.0
-"""Seconds after which a claim from another machine counts as given up: nobody here can tell whether its holder lives."""
+"""Seconds after which a claim from another machine counts as given up: nobody here can see whether it lives."""
 
 
 class JournalFile(BaseJournalBackend):
@@ -174,6 +174,10 @@ class Ledger:
     def __init__(self, study: optuna.Study, place: str) -> None:
         self.study = study
         self.place = place
+        self.identity: dict[str, Any] = {}
+        """What makes the search this one."""
+        self.about: dict[str, Any] = {}
+        """Where and how it was started."""
         self.worker = _this_worker()
         self.trials: list[Trial] = []
         self.frozen: list[FrozenTrial] = []
@@ -196,32 +200,23 @@ class Ledger:
             study, place = _study(folder, storage, objectives)
         ledger = cls(study, place)
         attributes = ledger._attributes()
-        if identity is not None and _IDENTITY not in attributes:
-            ledger._set(_IDENTITY, dict(identity))
-            ledger._set(_ABOUT, dict(about or {}))
+        if identity is not None and _SEARCH not in attributes:
+            ledger._set(_SEARCH, {"identity": dict(identity), "about": dict(about or {})})
             attributes = ledger._attributes()
-        if _IDENTITY not in attributes:
+        if _SEARCH not in attributes:
             raise ZooError(f"{place} holds a study that `zoo search` did not make")
+        with _readable(place):
+            ledger.identity, ledger.about = attributes[_SEARCH]["identity"], attributes[_SEARCH]["about"]
         if identity is not None:
-            ledger._check(attributes[_IDENTITY], identity)
+            ledger._check(ledger.identity, identity)
         ledger.refresh()
         return ledger
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes the search this one."""
-        return self._attributes()[_IDENTITY]
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Where and how it was started."""
-        return self._attributes().get(_ABOUT, {})
 
     def refresh(self) -> list[Trial]:
         """Read the trials that came in since the last time, from here or elsewhere, and return them."""
         with _readable(self.place):
             found = self.study.get_trials(deepcopy=False, states=_FINISHED)
-        fresh = [trial for trial in found[len(self.frozen) :]]
+        fresh = found[len(self.frozen) :]
         new = [_thawed(trial, self.place) for trial in fresh]
         self.frozen += fresh
         self.trials += new
@@ -278,7 +273,8 @@ class Ledger:
             raise ZooError(
                 f"{self.place} holds another search, which differs in\n"
                 + "\n".join(lines)
-                + "\ncontinue it with what it was started with, give another folder with --out, or replace it with --fresh"
+                + "\ncontinue it with what it was started with, give another folder with --out, "
+                "or replace it with --fresh"
             )
 
 
@@ -371,7 +367,7 @@ def _study(folder: Path, storage: str | None, objectives: Sequence[Objective] | 
             return optuna.load_study(study_name=name, storage=opened), place
         if objectives is None:
             raise ZooError(f"{place} holds no study {name!r}")
-        directions = [objective.direction for objective in objectives]
+        directions: list[Any] = [objective.direction for objective in objectives]
         # Another process may have made it since.
         study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
     return study, place
@@ -389,7 +385,8 @@ def _readable(place: str) -> Iterator[None]:
     except ZooError:
         raise
     except (KeyError, AssertionError, TypeError, AttributeError, IndexError) as error:
-        raise corrupt(place, f"its records contradict each other ({type(error).__name__}: {_first_line(error)})") from error
+        found = f"{type(error).__name__}: {_first_line(error)}"
+        raise corrupt(place, f"its records contradict each other ({found})") from error
     except optuna.exceptions.StorageInternalError as error:
         raise ZooError(f"the storage {place} failed: {_first_line(error)}; every trial before is kept") from error
 

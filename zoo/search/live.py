@@ -56,7 +56,7 @@ class LiveProgress(SearchListener):
         self._began = time.monotonic()
         objectives = ", ".join(objective.name for objective in start.objectives)
         budget = " ".join(term.describe() for term in start.budget.terms) or "no budget"
-        self._print(f"search of {start.space} for {objectives}; {budget}; {start.trials} trials; results in {start.folder}")
+        self._print(f"search of {start.space} for {objectives}; {budget}; {start.trials} trials; in {start.folder}")
         if self._before:
             self._print(f"going on after {self._before} trials")
 
@@ -76,7 +76,7 @@ class LiveProgress(SearchListener):
         self._now, self._step = "", None
         self._print(self._line(trial))
 
-    def ended(self, results: Results) -> None:
+    def ended(self, results: Results) -> None:  # noqa: ARG002
         self._now = ""
 
     def _line(self, trial: Trial) -> str:
@@ -130,9 +130,7 @@ class LiveProgress(SearchListener):
         table.add_column("architecture", overflow="ellipsis", no_wrap=True)
         for trial in self._front[:FRONT_SHOWN]:
             slack = [f"{trial.slack[str(t)]:.0%}" if str(t) in trial.slack else "" for t in self._start.budget.terms]
-            values = [
-                shown(figure(o), value) for o, value in zip(self._start.objectives, trial.values, strict=True)
-            ]
+            values = [shown(figure(o), value) for o, value in zip(self._start.objectives, trial.values, strict=True)]
             table.add_row(str(trial.number), *values, *slack, Text(brief(trial.shape)))
         return table
 

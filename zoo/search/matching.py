@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zoo.component import Component
 from zoo.errors import SpecError, ZooError
 from zoo.search.program import UNITS, Choose, Decision, Point, Value, Walk, evaluate, every
-from zoo.spec.document import METADATA, spec_hash
+from zoo.spec.document import METADATA, canonical, plain, spec_hash
 from zoo.spec.template import Fields, Filling, Formula, Hole, Items, Leaf, Part
 from zoo.spec.tree import Tree
 
@@ -31,7 +31,7 @@ NO, PERHAPS, YES = range(3)
 
 
 class Layer(NamedTuple):
-    """A layer that is to be matched: its part and path in the template, its place in the spec, and what stands there."""
+    """A layer that is to be matched: its part and path in the template, its place in the spec, what stands there."""
 
     part: Part
     path: str
@@ -80,11 +80,9 @@ class _Matcher:
         self.widths = {self.spec.width, *(width for stage in stages if (width := getattr(stage, "width", None)))}
 
     def miss(self) -> Miss:
-        """The innermost place at which the spec was found to differ, the first of several."""
-        depth = [len(re.findall(r"[.\[]", miss.where)) for miss in self.misses]
-        if not depth:
-            return Miss("spec", "no combination of its options gives this spec")
-        return self.misses[depth.index(max(depth))]
+        """The innermost place at which the spec was found to differ, the last of several."""
+        nothing = Miss("spec", "no combination of its options gives this spec")
+        return max(reversed(self.misses), key=lambda miss: len(re.findall(r"[.\[]", miss.where)), default=nothing)
 
     def missed(self, where: str, message: str) -> None:
         self.misses.append(Miss(where or "spec", message))
@@ -121,6 +119,7 @@ class _Matcher:
     ) -> Point | None:
         """The point at which everything agrees, None if there is none; layers that differ take their next choice."""
         picks = [0] * len(layers)
+        filled: Spec | None = None
         for _ in range(MAX_ALTERNATIVES):
             point = dict(values)
             for own, pick in zip(choices, picks, strict=True):
@@ -138,22 +137,26 @@ class _Matcher:
                 if not wrong:
                     if spec_hash(spec) == wanted:
                         return point
-                    self.missed("spec", "what stands around the layers differs")
+                    self.missed(*_gap(canonical(spec), canonical(self.spec), ""))
                     return None
             for index in wrong:
                 picks[index] += 1
                 if picks[index] == len(choices[index]):
-                    self.missed(layers[index].where, "no combination of the options gives this layer")
+                    where = layers[index].where
+                    built = _plain(_at(filled, where)) if filled is not None else None
+                    self.missed(*_gap(built, _plain(layers[index].target), where))
                     return None
         return None
 
-    def match(self, part: Part, target: Any, path: str, where: str, found: Found, holder: Any = None) -> Iterator[Found]:
+    def match(
+        self, part: Part, target: Any, path: str, where: str, found: Found, holder: Any = None
+    ) -> Iterator[Found]:
         """All ways to decide what is open in a part such that it may have become the target."""
         if isinstance(part, Leaf):
             if agreement(part.value, target):
                 yield found
             else:
-                self.missed(where, f"the space has {_brief(part.value.plain())}, the spec {_shown(target)}")
+                self.missed(*_difference(part.value, target, where))
         elif isinstance(part, Formula):
             yield from self.formula(part, target, path, where, found)
         elif isinstance(part, Hole):
@@ -290,16 +293,15 @@ class _Matcher:
             return
         known = name in found.values
         options = [each for each in hole.options if not known or each.label == found.values[name]]
-        ranked = sorted(options, key=lambda each: -_rank(each.part, target))
+        likely = sorted(
+            (each for each in options if _rank(each.part, target)), key=lambda each: -_rank(each.part, target)
+        )
         matched = False
-        before = len(self.misses)
-        for option in ranked:
+        for option in likely:
             inside = f"{name}.{option.label}" if isinstance(option.label, str) else name
             for one in self.match(option.part, target, inside, where, found.with_value(name, option.label), holder):
                 matched = True
                 yield one
-        if matched or all(miss.where == where for miss in self.misses[before:]):
-            del self.misses[before:]
         if not matched:
             offered = _options([_offered(option.part, option.label) for option in options])
             self.missed(where, f"the space has {offered}, the spec {_shown(target)}")
@@ -313,7 +315,9 @@ class _Matcher:
             if decision.hole.admits(target):
                 yield decision.canonical(target)
             else:
-                self.missed(decision.name, f"the space goes from {decision.low} to {decision.high}, the spec has {target}")
+                self.missed(
+                    decision.name, f"the space goes from {decision.low} to {decision.high}, the spec has {target}"
+                )
             return
         if decision.kind == "int":
             yield from decision.values()[:MAX_ALTERNATIVES]
@@ -337,10 +341,7 @@ def agreement(tree: Tree, target: Any) -> int:
             return NO
         rest = [(key, item) for key, item in value.items() if key != "type"]
         return min(
-            (
-                agreement(item, getattr(target, key)) if key in type(target).model_fields else NO
-                for key, item in rest
-            ),
+            (agreement(item, getattr(target, key)) if key in type(target).model_fields else NO for key, item in rest),
             default=YES,
         )
     if isinstance(value, dict):
@@ -355,7 +356,26 @@ def agreement(tree: Tree, target: Any) -> int:
 
 
 def _rank(part: Part, target: Any) -> int:
-    return agreement(part.value, target) if isinstance(part, Leaf) else PERHAPS
+    if isinstance(part, Leaf):
+        return agreement(part.value, target)
+    kind = part.entries.get("type") if isinstance(part, Fields) else None
+    other = isinstance(kind, Leaf) and isinstance(target, Component) and kind.value.value != target.type
+    return NO if other else PERHAPS
+
+
+def _difference(tree: Tree, target: Any, where: str) -> tuple[str, str]:
+    """The innermost place at which what is written differs from the target, and how."""
+    if isinstance(target, Component):
+        for key, item in tree.entries.items():
+            if key == "type" and item.value != target.type:
+                break
+            if key in type(target).model_fields and not agreement(item, getattr(target, key)):
+                return _difference(item, getattr(target, key), f"{where}.{key}" if where else key)
+    if isinstance(target, tuple) and len(tree.items) == len(target):
+        for index, (item, other) in enumerate(zip(tree.items, target, strict=True)):
+            if not agreement(item, other):
+                return _difference(item, other, f"{where}[{index}]")
+    return where, f"the space has {_brief(tree.plain())}, the spec {_shown(target)}"
 
 
 def _offered(part: Part, label: Value) -> Any:
@@ -375,6 +395,23 @@ def _at(spec: Any, where: str) -> Any:
         else:
             spec = getattr(spec, name, None)
     return spec
+
+
+def _plain(part: Any) -> Any:
+    return plain(part) if isinstance(part, Component) else part
+
+
+def _gap(ours: Any, theirs: Any, where: str) -> tuple[str, str]:
+    """The first place at which two canonical forms differ, and how."""
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        for key, value in ours.items():
+            if value != theirs[key]:
+                return _gap(value, theirs[key], f"{where}.{key}" if where else key)
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for index, (value, other) in enumerate(zip(ours, theirs, strict=True)):
+            if value != other:
+                return _gap(value, other, f"{where}[{index}]")
+    return where, f"the space gives {_brief(ours)}, the spec {_brief(theirs)}"
 
 
 def _shown(target: Any) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from zoo.accounting import Workload, metrics
 from zoo.latency import Context, LatencySource
-from zoo.metrics import Workload, metrics
 from zoo.search.budget import Budget, Term, TermContext
 from zoo.search.objective import Objective
 from zoo.search.repair import Repair, workload
@@ -131,7 +131,13 @@ class Meter:
                 return Fitted(point, spec, measured, tried=tried)
             tried.append(point)
             if missed is not None:
-                return Fitted(point, spec, measured, f"took {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}", tried[:-1])
+                return Fitted(
+                    point,
+                    spec,
+                    measured,
+                    f"took {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}",
+                    tried[:-1],
+                )
             term, seconds = max(over, key=lambda found: found[1] / found[0].high)
             slowest = slowest or f"took {seconds * 1e3:.3g}ms where the budget says {term.describe()}"
             for late, took in over:

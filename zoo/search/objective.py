@@ -17,7 +17,7 @@ TRAINED: dict[str, Direction] = {"loss": "minimize", "accuracy": "maximize", "bi
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One figure to optimise. `term` names the circumstances of a figure that is not trained; its bounds say nothing."""
+    """One figure to optimise; `term` names the circumstances of one that is not trained, and its bounds say nothing."""
 
     name: str
     direction: Direction

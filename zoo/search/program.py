@@ -291,23 +291,28 @@ def every(run: Callable[[Choose], Point], names: Collection[str], point: Mapping
     dials: list[int] = []
     while True:
         sizes: list[int] = []
-
-        def choose(decision: Decision) -> Value:
-            if decision.name not in names:
-                return point.get(decision.name, decision.first)
-            values = decision.values()
-            if len(sizes) == len(dials):
-                dials.append(0)
-            sizes.append(len(values))
-            return values[dials[len(sizes) - 1]]
-
-        yield run(choose)
+        yield run(_dialled(dials, sizes, names, point))
         del dials[len(sizes) :]
         while dials and dials[-1] + 1 == sizes[len(dials) - 1]:
             dials.pop()
         if not dials:
             return
         dials[-1] += 1
+
+
+def _dialled(dials: list[int], sizes: list[int], names: Collection[str], point: Mapping[str, Value]) -> Choose:
+    """Gives the named decisions the values that the dials show, and notes how many values each has."""
+
+    def choose(decision: Decision) -> Value:
+        if decision.name not in names:
+            return point.get(decision.name, decision.first)
+        values = decision.values()
+        if len(sizes) == len(dials):
+            dials.append(0)
+        sizes.append(len(values))
+        return values[dials[len(sizes) - 1]]
+
+    return choose
 
 
 class Walk:
@@ -436,8 +441,10 @@ class _Compiler:
             return
         self.shared[name], self.holders[name] = (), part
         own, self.own = self.own, None
-        itself = isinstance(part, Hole) and part.name in (None, name)
-        self.shared[name] = (self.decide(part, name, None),) if itself else self.block(part, name, None)
+        if isinstance(part, Hole) and part.name in (None, name):
+            self.shared[name] = (self.decide(part, name, None),)
+        else:
+            self.shared[name] = self.block(part, name, None)
         self.own = own
 
     def clash(self, name: str, mark: Any) -> None:
@@ -455,9 +462,7 @@ class _Compiler:
         if len(set(labels)) < len(labels):
             message = f"values such as {_twins(labels)} look alike to the search; name them: `choice: {{yes: ...}}`"
             self.problems.setdefault(f"{name} ", Problem(name, message, hole.mark))
-        decision = Decision(
-            name, hole.kind, labels, hole.low, hole.high, hole.step, hole.log, self.conditions, hole
-        )
+        decision = Decision(name, hole.kind, labels, hole.low, hole.high, hole.step, hole.log, self.conditions, hole)
         if name in self.decisions:
             self.clash(name, hole.mark)
         self.decisions[name] = decision
@@ -474,9 +479,7 @@ class _Compiler:
         self.conditions = before
         return Decide(decision, branches)
 
-    def items(
-        self, part: Items, path: str, where: tuple[str | int, ...] | None, *, units: bool = False
-    ) -> Block:
+    def items(self, part: Items, path: str, where: tuple[str | int, ...] | None, *, units: bool = False) -> Block:
         entries: list[Entry] = []
         for item in part.items:
             self.entries += 1

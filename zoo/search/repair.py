@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from zoo.metrics import Workload
+from zoo.accounting import Workload
 from zoo.quantity import format_quantity
 from zoo.search.budget import Budget, Term
 from zoo.search.options import Floats, Options
@@ -130,9 +130,7 @@ class Repair:
         self._anchors: list[Point] | None = None
         self._outside = [decision.name for decision in space.program.outside]
 
-    def __call__(
-        self, point: Mapping[str, Value], rng: random.Random, keep: Collection[str] = ()
-    ) -> Point | None:
+    def __call__(self, point: Mapping[str, Value], rng: random.Random, keep: Collection[str] = ()) -> Point | None:
         """The nearest point that was found to be valid and to meet every term that can be counted.
 
         The proposal itself if it does; None if no such point was found. Decisions named in `keep` stay as they are.
@@ -374,15 +372,16 @@ class Repair:
 
     def _violations(self, values: Floats) -> Floats:
         """Violation of all terms together, for an array of values whose last axis is the terms."""
-        total = np.maximum(values - self._highs, 0.0) @ self._per_high + np.maximum(self._lows - values, 0.0) @ self._per_low
+        total = (
+            np.maximum(values - self._highs, 0.0) @ self._per_high
+            + np.maximum(self._lows - values, 0.0) @ self._per_low
+        )
         if self._strict:
             edge = (self._strict_high & (values == self._highs)) | (self._strict_low & (values == self._lows))
             total = total + edge.any(axis=-1) * np.finfo(float).eps
         return total
 
-    def _descended(
-        self, state: State, kept: frozenset[str], rng: random.Random, *, outside: bool = True
-    ) -> State:
+    def _descended(self, state: State, kept: frozenset[str], rng: random.Random, *, outside: bool = True) -> State:
         """Changes of layers and of single decisions outside of them as long as they help; pairs where they do not.
 
         Decisions outside of layers are weighed in the beginning, after each of them that was changed, and where
@@ -468,9 +467,7 @@ class Repair:
                     allowed[row] &= codes[:, slot] == codes[state.picks[position], slot]
         return allowed
 
-    def _best_outside(
-        self, state: State, kept: frozenset[str], rng: random.Random
-    ) -> tuple[float, State] | None:
+    def _best_outside(self, state: State, kept: frozenset[str], rng: random.Random) -> tuple[float, State] | None:
         """The change of one decision outside of layers that takes most violation away per decision disturbed.
 
         A length disturbs the decisions of the layers that come or go, any other decision as many as half the layers.
@@ -506,8 +503,7 @@ class Repair:
             return None
         carry = self._carried(state.board, board)
         picks = [
-            int(rng.random() * many) if source is None else there[state.picks[source]]
-            for source, there, many in carry
+            int(rng.random() * many) if source is None else there[state.picks[source]] for source, there, many in carry
         ]
         return self._evaluated(State(outside, board, picks, state.values, 0.0))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from zoo.quantity import format_quantity
-from zoo.search.budget import METRICS
 
 COLOURS = ("#2f66b3", "#b45f06", "#2b7d56", "#a63a72", "#6a51a8", "#7d6a10", "#1f7a8c", "#7a4a2e")
 """Of the mixers: told apart with every kind of colour vision, and dark enough for white letters."""
@@ -73,7 +72,8 @@ class _Page:
             "map_heading": f"{rows}, layer by layer",
             "map": self._map(),
             "map_legend": "".join(
-                f'<li><i style="background:{kind["colour"]}"></i>{escape(kind["text"])} {escape(name or "no mixer")}</li>'
+                f'<li><i style="background:{kind["colour"]}"></i>{escape(kind["text"])} '
+                f"{escape(name or 'no mixer')}</li>"
                 for name, kind in self.kinds.items()
             ),
             "front_heading": f"{rows} under the budget",
@@ -91,7 +91,7 @@ class _Page:
             "command": escape(data["command"] or "run_search(...), called from Python"),
             "facts": self._facts(),
             "count": str(len(self.trials)),
-            "all": self._table(self.trials),
+            "all": self._table(self.trials, everything=True),
             "footer": escape(f"zoo {data['versions'].get('zoo-nas', '')}, started {data['started']}"),
             "data": _embedded(self._embedded()),
         }
@@ -170,38 +170,33 @@ class _Page:
         value = self._shown(self.objectives[0]["figure"], trial["values"][0])
         return (
             f'<tr><th scope="row">{escape(name)}</th><td class="number">{escape(value)}</td>'
-            f'<td class="number">{shape["width"]}</td><td class="number">{len(shape["layers"])}</td>{"".join(cells)}</tr>'
+            f'<td class="number">{shape["width"]}</td><td class="number">{len(shape["layers"])}</td>'
+            f"{''.join(cells)}</tr>"
         )
 
-    def _table(self, trials: Iterable[Row]) -> str:
+    def _table(self, trials: Iterable[Row], *, everything: bool = False) -> str:
         """Trials with their objectives, and with each term's figure and the share of its bound that it uses."""
         rows = list(trials)
         if not rows:
-            return "<p>None.</p>"
-        figures = [objective["figure"] for objective in self.objectives]
+            return "<p class=lead>None.</p>"
         terms = self.data["terms"]
-        others = [] if "params" in [*figures, *(term["figure"] for term in terms)] else ["params"]
-        extra = [
-            name
-            for name in ("loss", "accuracy", "bits_per_byte")
-            if name not in figures and any(name in t["metrics"] for t in rows)
-        ]
-        plain = [*extra, *others]
-        heads = ["trial", *(f"#{o['name']}" for o in self.objectives), *(f"#{name}" for name in plain)]
-        heads += [term["shown"] for term in terms] + ["architecture", ""]
-        head = "".join(
-            f'<th scope="col"{" class=number" if text.startswith("#") else ""}>{escape(text.removeprefix("#"))}</th>'
-            for text in heads
-        )
+        bounded = [term["figure"] for term in terms]
+        plain = [objective["figure"] for objective in self.objectives if objective["figure"] not in bounded]
+        if everything:
+            plain += [name for name in self.data["dimensions"] if name not in [*plain, *bounded]]
+        elif "params" not in [*plain, *bounded]:
+            plain.append("params")
+        heads = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in plain)
+        heads += "".join(f'<th scope="col">{escape(term["shown"])}</th>' for term in terms)
         body = []
         for trial in rows:
             metrics = trial["metrics"]
-            cells = [f'<td class="number">{escape(self._shown(name, metrics.get(name)))}</td>' for name in figures]
-            cells += [f'<td class="number">{escape(self._shown(name, metrics.get(name)))}</td>' for name in plain]
+            cells = [f'<td class="number">{escape(self._shown(name, metrics.get(name)))}</td>' for name in plain]
             cells += [self._use(term, metrics.get(term["figure"])) for term in terms]
             cells.append(f"<td>{escape(_words(trial))}</td><td>{self._tags(trial)}</td>")
             best = ' class="best"' if trial["number"] == self.data["best"] else ""
             body.append(f'<tr{best}><th scope="row">{trial["number"]}</th>{"".join(cells)}</tr>')
+        head = f'<th scope="col">trial</th>{heads}<th scope="col">architecture</th><td></td>'
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
     def _use(self, term: Row, value: float | None) -> str:
@@ -230,7 +225,7 @@ class _Page:
 
     def _history_note(self) -> str:
         first = self.objectives[0]["name"]
-        return escape(f"{first} of every candidate in the order in which they were done, and the best so far as a line.")
+        return escape(f"{first} of each candidate in the order in which they were done, and the best so far as a line.")
 
     def _time_note(self) -> str:
         seconds = self.data["seconds"]
@@ -265,7 +260,7 @@ class _Page:
     def _failed(self) -> str:
         rows = [trial for trial in self.trials if trial["status"] in ("failed", "dropped")]
         if not rows:
-            return "<p class=lead>No candidate failed and none was dropped.</p>"
+            return ""
         body = "".join(
             f'<tr><th scope="row">{trial["number"]}</th><td>{escape(trial["status"])}</td>'
             f"<td>{escape(trial['reason'])}</td></tr>"
@@ -315,10 +310,7 @@ class _Page:
             "best": data["best"],
             "kinds": self.kinds,
             "trials": [
-                {
-                    key: trial[key]
-                    for key in ("number", "status", "front", "baseline", "metrics", "shape", "reason")
-                }
+                {key: trial[key] for key in ("number", "status", "front", "baseline", "metrics", "shape", "reason")}
                 for trial in self.trials
             ],
         }

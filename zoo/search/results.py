@@ -42,7 +42,7 @@ _LARGEST_SHARE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What was found so far. `stopped`: finished, exhausted, slow, timeout, interrupted, or empty where nobody knows."""
+    """What was found so far; `stopped` is finished, exhausted, slow, timeout, interrupted, or empty if not known."""
 
     folder: Path
     trials: tuple[Trial, ...]
@@ -299,6 +299,13 @@ def mixing(trials: Sequence[Trial], objectives: Sequence[Objective]) -> dict[str
             sentence = f"Mixing helped. {numbers}: {gain:.1%} better, from one training run each."
         else:
             sentence = f"Mixing did not help. {numbers}: the mixed one is {-gain:.1%} worse."
+    if len(objectives) > 1:
+        archive = Archive(objectives)
+        for trial in complete:
+            archive.add(trial)
+        front = archive.front()
+        count = sum(len(_kinds(trial, column)) > 1 for trial in front)
+        sentence += f" Of the {len(front)} on the front, {count or 'none'} mix{'es' if count == 1 else ''}."
     return {**found, "sentence": sentence}
 
 

@@ -76,9 +76,7 @@ class Space:
         """The identity of the space, 16 hexadecimal digits: what is fixed and what is open, but no names or sources."""
         known: dict[int, str] = {}
         variables = {name: _digest(part, known) for name, part in sorted(self.template.variables.items())}
-        root = {
-            key: _digest(part, known) for key, part in self.template.root.entries.items() if key not in METADATA
-        }
+        root = {key: _digest(part, known) for key, part in self.template.root.entries.items() if key not in METADATA}
         return _sha([root, variables])
 
     def size(self) -> int | None:

@@ -164,9 +164,7 @@ class _Search:
         self.settings = settings
         self.listener = listener
         self.began = time.monotonic()
-        self.space: Space = (
-            load_space(settings.space) if isinstance(settings.space, str | Path) else settings.space
-        )
+        self.space: Space = load_space(settings.space) if isinstance(settings.space, str | Path) else settings.space
         self.space.validate()
         given = Budget.parse(settings.budget) if isinstance(settings.budget, str) else settings.budget
         sources = latency or _Measured()
@@ -230,11 +228,10 @@ class _Search:
         self.codec = Codec(self.space.decisions)
         needs_twin = settings.pruner != "none" or settings.sampler not in ("evolution", "random")
         make = None if settings.sampler in ("evolution", "random") else optuna_sampler(settings.sampler)
-        self.twin = (
-            Twin(self.objectives, make, optuna_pruner(settings.pruner), settings.seed) if needs_twin else None
-        )
+        self.twin = Twin(self.objectives, make, optuna_pruner(settings.pruner), settings.seed) if needs_twin else None
         self.archive = Archive(self.objectives)
         self.proposer = self._proposer()
+        self.trained = 0
         self.trained_baselines: set[str] = set()
         self.aliases: set[str] = set()
         """Keys of points whose spec is that of another point."""
@@ -281,34 +278,41 @@ class _Search:
         self.listener.ended(results)
         return results
 
-    def _loop(self, baselines: dict[str, _Baseline]) -> str:
-        settings = self.settings
-        while True:
-            done = [trial for trial in self.ledger.trials if trial.trained]
-            others = self.ledger.claimed()
-            if len(done) + len(others) >= settings.trials:
-                return "finished"
-            if settings.timeout is not None and time.monotonic() - self.began >= settings.timeout:
+    def _loop(self, baselines: Mapping[str, _Baseline]) -> str:
+        while not self._enough():
+            timeout = self.settings.timeout
+            if timeout is not None and self._seconds() >= timeout:
                 return "timeout"
-            if self._out_of_luck(done):
+            if self._out_of_luck():
                 return "slow"
-            candidate = self._next(baselines, others)
+            candidate = self._next(baselines)
             if candidate is None:
                 return "exhausted"
+            # Another process may have claimed the last place at the same time; then one of both gives way.
+            if self._enough():
+                self.ledger.release()
+                continue
             self._handle(candidate)
             self.writer.write_if_due(self.ledger.trials, self._seconds())
+        return "finished"
+
+    def _enough(self) -> bool:
+        """Whether all trials are done or in other hands."""
+        return self.trained + len(self.ledger.claimed()) >= self.settings.trials
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def _out_of_luck(self, done: Sequence[Trial]) -> bool:
+    def _out_of_luck(self) -> bool:
         """Whether nothing further is fast enough; raises `ZooError` if nothing ever was, or everything breaks."""
-        if len(done) >= FAILED_AT_FIRST and all(trial.status == "failed" for trial in done):
-            raise ZooError(f"the first {len(done)} candidates all failed; the last one: {done[-1].reason}")
-        last = self.ledger.trials[-DROPPED_IN_A_ROW:]
+        trials = self.ledger.trials
+        if self.trained >= FAILED_AT_FIRST and all(trial.status in ("failed", "dropped") for trial in trials):
+            reason = next(trial.reason for trial in reversed(trials) if trial.trained)
+            raise ZooError(f"the first {self.trained} candidates all failed; the last one: {reason}")
+        last = trials[-DROPPED_IN_A_ROW:]
         if len(last) < DROPPED_IN_A_ROW or any(trial.status != "dropped" for trial in last):
             return False
-        if not done:
+        if not self.trained:
             raise ZooError(
                 f"the first {DROPPED_IN_A_ROW} candidates all measured outside the budget and could not be made to "
                 f"fit; the last one {last[-1].reason}. Loosen that term, or let the space go smaller"
@@ -335,10 +339,9 @@ class _Search:
                 found.setdefault(key, _Baseline(name, fitting, tuple(alike), key != self.space.key(point)))
         return found
 
-    def _next(
-        self, baselines: Mapping[str, _Baseline], others: Mapping[str, str]
-    ) -> _Candidate | None:
+    def _next(self, baselines: Mapping[str, _Baseline]) -> _Candidate | None:
         """A candidate that is new, feasible and claimed; None if there is none."""
+        others = self.ledger.claimed()
         number = len(self.ledger.trials)
         seconds = {"propose": 0.0, "repair": 0.0, "spec": 0.0}
         for key, baseline in baselines.items():
@@ -403,6 +406,7 @@ class _Search:
     def _handle(self, candidate: _Candidate) -> None:
         """Measure, evaluate and record one candidate."""
         rng = generator(self.settings.seed, candidate.number, "shrink")
+
         def measuring(point: Point) -> None:
             self.listener.candidate(candidate.number, "measuring", candidate.shape, self.meter.figures(point))
 
@@ -475,9 +479,7 @@ class _Search:
             return replace(trial, status="pruned", metrics=metrics, history=history)
         return self._complete(trial, metrics, found, history)
 
-    def _complete(
-        self, trial: Trial, metrics: dict[str, float], found: Evaluation, history: dict[int, float]
-    ) -> Trial:
+    def _complete(self, trial: Trial, metrics: dict[str, float], found: Evaluation, history: dict[int, float]) -> Trial:
         values = []
         for objective in self.objectives:
             name = objective.name if objective.term is None else label(objective.term)
@@ -510,6 +512,7 @@ class _Search:
 
     def _take_in(self, trial: Trial, frozen: Any) -> None:
         self.archive.add(trial)
+        self.trained += trial.trained
         if trial.baseline is not None:
             self.trained_baselines.add(trial.baseline)
         if self.twin is not None:
@@ -526,8 +529,9 @@ def _held(point: Point, baselines: Iterable[Point]) -> dict[str, Any]:
     others = [{_place(name): value for name, value in other.items()} for other in baselines]
     mine = {_place(name): value for name, value in point.items()}
     return {
-        place: value for place, value in mine.items() if all(place in other for other in others)
-        and any(other[place] != value for other in others)
+        place: value
+        for place, value in mine.items()
+        if all(place in other for other in others) and any(other[place] != value for other in others)
     }
 
 
@@ -537,7 +541,7 @@ def _points(space: Space) -> Iterator[Point]:
     while True:
         left: list[int] = []
 
-        def choose(decision: Decision) -> Any:
+        def choose(decision: Decision, script: list[int] = script, left: list[int] = left) -> Any:
             values = decision.values()
             index = script[len(left)] if len(left) < len(script) else 0
             left.append(len(values) - 1 - index)

@@ -1,6 +1,6 @@
 """What candidates cost, looked up layer by layer: thousands of candidates a second.
 
-The cost of a model is the sum of the tallies of its parts (`zoo.metrics`). What a layer costs follows from its own
+The cost of a model is the sum of the tallies of its parts (`zoo.accounting`). What a layer costs follows from its own
 decisions and from the scope that it stands in; what surrounds the layers follows from the decisions outside of them,
 how many layers there are aside, and from which forms of layers occur at all (a stack's final norm hangs on its layers'
 residual form). Each of these is counted once, by the same code that counts whole specs, and looked up from then on, so
@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
 from operator import add
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from zoo.accounting import Place, Tally, Workload, figures, metrics, places, tally
 from zoo.component import Component, Scope, Slot, slots
 from zoo.cost import Call
 from zoo.errors import SpecError, ZooError
-from zoo.metrics import Place, Tally, Workload, figures, metrics, places, tally
 from zoo.search.options import Floats, Options, largest_sum, smallest_sum
 from zoo.search.program import Choose, Decision, Point, Setting, Unit, Value, every
 from zoo.spec.construct import complaints
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SUMS = tuple(item.name for item in fields(Tally))[:-1]
 """What adds up; of the last field of a tally, `peak`, the largest counts."""
 MAX_OPTIONS = 256
-"""Settings of a layer up to which all of them are looked at; beyond, that many and the extremes that a descent finds."""
+"""Settings of a layer up to which all are looked at; beyond, that many and the extremes that a descent finds."""
 MAX_ASSIGNMENTS = 256
 """Assignments of the decisions outside of layers up to which all of them are looked at; beyond, that many."""
 SURVEYS = 4
@@ -220,7 +220,7 @@ class CostTable:
         return True
 
     def _shortened(self, point: Mapping[str, Value]) -> Point:
-        """The point with as few layers as there can be, so that little has to be counted to know what is around them."""
+        """The point with its lengths at their first values, so that little is counted to know what is around layers."""
         lengths = self.space.program.lengths
         return self.space.normalised({name: value for name, value in point.items() if name not in lengths})
 
@@ -504,7 +504,7 @@ def linear(metric: str, work: Workload) -> tuple[Floats, float]:
     """A metric as a sum: the weight of each of `SUMS`, and that of the peak."""
     nothing = figures(Tally(), work)[metric]
     big = 2.0**40
-    weights = [(figures(Tally(**{name: big}), work)[metric] - nothing) / big for name in SUMS]
+    weights = [(figures(replace(Tally(), **{name: big}), work)[metric] - nothing) / big for name in SUMS]
     return np.array(weights), (figures(Tally(peak=big), work)[metric] - nothing) / big
 
 

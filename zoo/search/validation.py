@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from zoo.errors import Problem, SpecError
@@ -23,7 +24,7 @@ COMPANIES = 12
 RETRIES = 3
 
 Place = tuple[int, int] | str
-"""A decision, the same for all layers of one part: the part and a number in it, or the name of one outside of layers."""
+"""A decision, the same for all layers of one part: the part and a number in it; or one outside of layers, by name."""
 Choice = tuple[Place, Value]
 
 
@@ -80,7 +81,7 @@ class _Validator:
         outside = outside or {}
         failed: set[str] = set()
         for _ in range(RETRIES):
-            walk = self.space.program.walk(lambda decision: self.choose(decision, outside, failed, rng))
+            walk = self.space.program.walk(partial(self.choose, outside, failed, rng))
             choices = {name: (self.places[name], value) for name, value in walk.point.items()}
             self.tried |= {*choices.values()}
             try:
@@ -95,7 +96,7 @@ class _Validator:
                 return
 
     def choose(
-        self, decision: Decision, outside: dict[str, Value], failed: set[str], rng: random.Random | None
+        self, outside: dict[str, Value], failed: set[str], rng: random.Random | None, decision: Decision
     ) -> Value:
         """The value to try: one that is asked for, an untried one in a layer that has not failed, else a plain one."""
         name = decision.name
@@ -129,11 +130,11 @@ class _Validator:
             for decision in unit.decisions:
                 if unit.name in layers and decision.name in choices:
                     self.blamed.setdefault(choices[decision.name], tuple(layers[unit.name]))
+        inside = [problem for each in layers.values() for problem in each]
         for name in outside:
             if name in choices:
-                self.blamed.setdefault(choices[name], tuple(around or [each for one in layers.values() for each in one]))
-        if not self.general:
-            self.general = tuple([*around, *(each for one in layers.values() for each in one)])
+                self.blamed.setdefault(choices[name], tuple(around or inside))
+        self.general = self.general or (*around, *inside)
         return set(layers)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from zoo.accounting import metrics
 from zoo.errors import Problem, SpecError, ZooError
-from zoo.metrics import metrics
 from zoo.spec.document import SUFFIXES, finished, locate, read
 from zoo.spec.template import Template
 

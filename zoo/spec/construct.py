@@ -110,7 +110,7 @@ class _Maker:
         if name is BROKEN:
             return None
         if not isinstance(name, str):
-            self._note(path, f"a {slot.role} needs a `type`; known: {', '.join(types(slot.role))}", place)
+            self._typeless(node, place, slot.role, path)
             return None
         try:
             component = find(slot.role, name)
@@ -132,6 +132,15 @@ class _Maker:
             return component(**{name: value for name, value in values.items() if name not in wrong})
         except SpecError:
             return None
+
+    def _typeless(self, node: Tree, place: Tree, role: Role, path: str) -> None:
+        """Note that a mapping has no type, at the key that was meant to give it, if any."""
+        key = next((key for key in node.entries if key != "type" and nearest(key, ("type",))), None)
+        if key is None or place is not node:
+            self._note(path, f"a {role} needs a `type`; known: {', '.join(types(role))}", place)
+        else:
+            message = f"unknown key {key!r} of a {role}; did you mean 'type'?"
+            self.problems.append(Problem(f"{path}.{key}", message, node.key_place(key)))
 
     def _mark(self, node: Tree, component: type[Component], fields: Iterable[str]) -> None:
         """Note that fields of a component are missing, and whether those that were meant matter elsewhere."""

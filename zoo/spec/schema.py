@@ -65,7 +65,7 @@ def _change(schema: Any) -> Any:
     changed = {key: _change(item) for key, item in schema.items() if key != "required"}
     if "$ref" in schema:
         name = schema["$ref"].removeprefix("#/$defs/")
-        return schema if name in _CLOSED else {"$ref": f"#/$defs/change.{name}"}
+        return schema if name in _CLOSED or name.startswith("change.") else {"$ref": f"#/$defs/change.{name}"}
     if isinstance(schema.get("properties"), dict):
         changed["properties"] = {
             key: item | {"anyOf": [*item["anyOf"], {"type": "null"}]} if "anyOf" in item else item
@@ -115,8 +115,12 @@ def _component(component: type[Component]) -> dict[str, Any]:
             default = field.default
             properties[name]["default"] = brief(default) if isinstance(default, Component) else default
     if "layers" in properties:
-        change = {"type": "object", "description": "Changes by index or slice: '-1', '::8'."}
-        properties["overrides"] = change
+        properties["overrides"] = {
+            "type": "object",
+            "description": "Changes by index or slice: '-1', '::8'.",
+            "propertyNames": {"pattern": "^[-0-9:]+$"},
+            "additionalProperties": {"anyOf": [{"$ref": "#/$defs/change.layer"}, {"type": "null"}]},
+        }
     schema = {
         "type": "object",
         "description": summary(component),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean
+from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean, nearest
 from zoo.expression import Expression, ExpressionError, is_expression, parse
 from zoo.spec.source import shortened
 from zoo.spec.tree import BROKEN, HOLE_KINDS, REPLACE, Scalar, Tree, merge
@@ -27,6 +27,7 @@ from zoo.spec.tree import BROKEN, HOLE_KINDS, REPLACE, Scalar, Tree, merge
 MAX_LAYERS = 4096
 MAX_VALUES = 100_000
 MAX_NAMES = 50
+PATTERN = ("repeat", "of")
 NAMED_FIELDS = ("width", "context")
 """Fields of the model that expressions may use by name."""
 
@@ -429,15 +430,19 @@ class _Compiler:
     ) -> Iterator[tuple[Tree, str, tuple[Guard, ...]]]:
         """The items of a pattern, as often as they can be repeated."""
         entries = item.entries
-        for key in ("repeat", "of"):
-            if key not in entries:
-                self.complain(path + suffix, f"a pattern needs `repeat` and `of`; {key!r} is missing", item.mark)
-                yield Tree(BROKEN, item.mark), suffix, guards
-                return
+        meant: set[str | None] = set()
         for key in entries:
-            if key not in ("repeat", "of"):
-                message = f"unknown key {key!r} of a pattern{did_you_mean(key, ('repeat', 'of'))}"
+            if key not in PATTERN:
+                message = f"unknown key {key!r} of a pattern{did_you_mean(key, PATTERN)}"
                 self.complain(f"{path}{suffix}.{key}", message, item.key_place(key))
+                meant.add(nearest(key, PATTERN))
+        missing = [key for key in PATTERN if key not in entries]
+        for key in missing:
+            if key not in meant:
+                self.complain(path + suffix, f"a pattern needs `repeat` and `of`; {key!r} is missing", item.mark)
+        if missing:
+            yield Tree(BROKEN, item.mark), suffix, guards
+            return
         count = self.part(entries["repeat"], f"{path}{suffix}.repeat")
         fixed, most = self._most(count, f"{path}{suffix}.repeat", entries["repeat"].mark)
         body = entries["of"]

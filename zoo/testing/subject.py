@@ -28,6 +28,7 @@ from zoo.spec.document import brief
 INIT_STD = 0.3
 """Large enough that every part of a small model matters."""
 VOCAB = 11
+LONGEST_NAME = 100
 LAYER = {"mixer": {"type": "attention", "heads": 2}, "channel": "mlp"}
 """The company of components that are nothing without others."""
 IN_MODELS = (Role.POSITION, Role.STEM, Role.REDUCE, Role.STAGE, Role.BODY, Role.HEAD, Role.MODEL)
@@ -58,7 +59,8 @@ class Example:
         if self.grid != (12,):
             place["grid"] = "x".join(map(str, self.grid))
         given = ",".join(f"{name}={_short(value)}" for name, value in {**fields, **place}.items() if name != "type")
-        return f"{self.component.role}-{self.component.type}" + (f"({given})" if given else "")
+        text = f"{self.component.role}-{self.component.type}" + (f"({given})" if given else "")
+        return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
 
     @cached_property
     def spec(self) -> Spec | None:

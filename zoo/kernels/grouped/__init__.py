@@ -44,7 +44,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     axes = "groups, output_width, input_width"
     checks.shape(name, "weight", weight, axes, (groups, output_width, x.shape[1]))
     checks.shape(name, "offsets", offsets, "groups + 1", (groups + 1,))
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     return _GROUPED_MATMUL.select(Call(x.device.type, x.dtype, {"groups": groups}))(x, weight, offsets)

@@ -61,7 +61,8 @@ class Workload:
 class Tally:
     """What a part of a model holds and takes under one workload; tallies of parts that follow each other add up.
 
-    `depth` counts layers, parameters are counted, everything from `flops` on is in FLOPs or bytes as in `zoo.cost.Cost`.
+    `depth` counts layers and `params` parameters; everything from `flops` on is in FLOPs or bytes as in
+    `zoo.cost.Cost`.
     `state` is the state of the whole batch behind the last token, `state_token` what one more token of one sequence
     adds.
     """
@@ -122,7 +123,7 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
 
 
 class Place(NamedTuple):
-    """A part of a filled spec: its module path, its scope, and the calls that it gets in a forward pass and decoding."""
+    """A part of a filled spec: its module path, its scope, and its calls in a forward pass and in decoding."""
 
     path: str
     component: Component

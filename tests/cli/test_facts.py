@@ -1,0 +1,205 @@
+"""Commands that print facts: for people, as JSON, and when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from zoo.cli import main
+
+GOOD = "width: 64\nstem: {type: token, vocab: 256}\nbody: {layers: [{mixer: attention}]}\nhead: language_model\n"
+SPACE = GOOD.replace("mixer: attention", "mixer: {choice: [mamba2, attention]}")
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Runner:
+    """Runs the command line in this process, as the console script does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str | Path) -> Ran:
+        self.monkeypatch.setattr(sys, "argv", ["zoo", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Ran(code, *self.capsys.readouterr())
+
+
+@pytest.fixture
+def zoo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    monkeypatch.setenv("COLUMNS", "100")
+    return Runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    return tmp_path
+
+
+def test_list_names_components_and_specs(zoo: Runner) -> None:
+    ran = zoo("list")
+    assert ran.code == 0 and not ran.err
+    for name in ("attention", "mamba2", "gpt2", "spaces/hybrid-24"):
+        assert name in ran.out
+    rows = zoo("list", "mamba*", "--json").json
+    assert {row["type"] for row in rows} >= {"mamba", "mamba2", "mamba-130m", "mamba2-130m"}
+    assert all(row["type"].startswith("mamba") and row["summary"] for row in rows)
+    assert {row["role"] for row in zoo("list", "--role", "norm", "--json").json} == {"norm"}
+    assert {row["role"] for row in zoo("list", "--role", "spec", "--json").json} == {"spec"}
+    assert zoo("list", "nothing*", "--json").json == []
+
+
+def test_show_explains_a_component(zoo: Runner) -> None:
+    ran = zoo("show", "attention")
+    assert ran.code == 0 and "kv_heads" in ran.out and "source: Vaswani" in ran.out
+    (facts,) = zoo("show", "attention", "--json").json
+    assert facts["role"] == "mixer" and {"heads", "window"} <= {field["name"] for field in facts["fields"]}
+    assert facts["traits"]["streaming"] is True
+    (facts,) = zoo("show", "token", "--json").json
+    assert [field["required"] for field in facts["fields"] if field["name"] == "vocab"] == [True]
+
+
+def test_show_prints_a_spec_that_loads(zoo: Runner, folder: Path) -> None:
+    from zoo.spec.document import load, parse
+
+    for options in ((), ("--canonical",)):
+        ran = zoo("show", "mamba2-hybrid", *options)
+        text, _, figures = ran.out.rpartition("hash ")
+        assert parse(text).hash == load("mamba2-hybrid").hash
+        assert figures.startswith(load("mamba2-hybrid").hash)
+    facts = zoo("show", folder / "good.yaml", "--json").json
+    assert facts["hash"] == load(folder / "good.yaml").hash and facts["metrics"]["params"] > 0
+    assert facts["canonical"]["width"] == 64
+
+
+def test_show_lists_the_decisions_of_a_space(zoo: Runner, folder: Path) -> None:
+    assert "a space of 2 points" in zoo("show", folder / "space.yaml").out.replace("\n", " ")
+    facts = zoo("show", folder / "space.yaml", "--json").json
+    assert facts["size"] == 2
+    assert [decision["values"] for decision in facts["decisions"]] == [["mamba2", "attention"]]
+
+
+def test_validate_tells_right_from_wrong(zoo: Runner, folder: Path) -> None:
+    assert zoo("validate").code == 0
+    ran = zoo("validate", folder)
+    assert ran.code == 0 and "2 of 2 are valid" in ran.out
+    assert f"{folder / 'good.yaml'}: a valid spec" in ran.out and "space.yaml: a valid space" in ran.out
+    (folder / "bad.yaml").write_text(GOOD.replace("width", "widht").replace("attention", "atention"))
+    ran = zoo("validate", folder)
+    assert ran.code == 1 and "2 of 3 are valid" in ran.out
+    assert f"{folder / 'bad.yaml'}:1:1: widht: unknown key 'widht' of model; did you mean 'width'?" in ran.out
+    assert "    widht: 64\n    ^\n" in ran.out and "bad.yaml:3:25:" in ran.out
+    ran = zoo("validate", folder / "bad.yaml", "gpt2", "--json")
+    wrong, right = ran.json
+    assert ran.code == 1 and right["problems"] == []
+    assert [(problem["line"], problem["column"]) for problem in wrong["problems"]] == [(1, 1), (3, 25)]
+    assert wrong["problems"][0]["path"] == "widht"
+
+
+def test_validate_checks_published_figures(zoo: Runner, folder: Path) -> None:
+    (folder / "good.yaml").write_text(GOOD + "published: {total_parameters: 5}\n")
+    ran = zoo("validate", folder / "good.yaml")
+    assert ran.code == 1 and "good.yaml:5:31: published.total_parameters: 5 are published" in ran.out
+
+
+def test_validate_of_what_is_not_there(zoo: Runner, folder: Path) -> None:
+    ran = zoo("validate", "gtp2")
+    assert ran.code in (1, 2) and "did you mean 'gpt2'?" in ran.out + ran.err
+    (folder / "empty").mkdir()
+    ran = zoo("validate", folder / "empty")
+    assert ran.code == 2 and "no specs in" in ran.err
+
+
+def test_schema_is_json(zoo: Runner, folder: Path) -> None:
+    from zoo.spec.schema import json_schema
+
+    expected = json.loads(json.dumps(json_schema()))
+    assert zoo("schema").json == expected
+    out = folder / "schema.json"
+    ran = zoo("schema", "--out", out)
+    assert json.loads(out.read_text()) == expected and "yaml-language-server" in ran.out
+    ran = zoo("schema", "--out", folder / "missing" / "schema.json")
+    assert ran.code == 2 and "missing" in ran.err and "Traceback" not in ran.err
+
+
+def test_cost_counts(zoo: Runner) -> None:
+    ran = zoo("cost", "gpt2", "--layers")
+    assert ran.code == 0 and "124,439,808" in ran.out and "body.layers.11" in ran.out
+    facts = zoo("cost", "gpt2", "--batch", "2", "--seq", "8", "--dtype", "bf16", "--json").json
+    assert facts["workload"] == {"batch": 2, "seq": 8, "past": 8, "dtype": "bf16"}
+    assert facts["metrics"]["params"] == 124439808 == sum(part["params"] for part in facts["parts"])
+    assert facts["metrics"]["weights"] == 2 * 124439808
+
+
+def test_kernels_are_explained(zoo: Runner) -> None:
+    ran = zoo("kernels")
+    assert ran.code == 0 and "reference" in ran.out
+    assert all(row["primitive"] for row in zoo("kernels", "--json").json)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "gtp2"), "did you mean 'gpt2'?"),
+        (("show", "atention"), "did you mean 'attention'?"),
+        (("list", "--role", "mixr"), "did you mean 'mixer'?"),
+        (("list", "nothing*"), "nothing matches 'nothing*'"),
+        (("cost", "gtp2"), "did you mean 'gpt2'?"),
+        (("cost", "gpt2", "--dtype", "float23"), "did you mean 'float32'?"),
+        (("cost", "gpt2", "--batch", "0"), "--batch"),
+        (("cost", "spaces/hybrid-24"), "a hole, but a finished spec is needed"),
+        (("show", "nowhere.yaml"), "no such file"),
+        (("valdate",), "validate"),
+        (("cost",), "Missing argument"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_code_2(zoo: Runner, arguments: tuple[str, ...], message: str) -> None:
+    ran = zoo(*arguments)
+    assert ran.code == 2
+    assert message in ran.err and "Traceback" not in ran.err
+    assert not ran.out
+
+
+def test_json_has_no_decoration_and_no_wrapping(zoo: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in zoo("list", "--json").out
+    assert zoo("cost", "gpt2", "--json").json["spec"] == "gpt2"
+
+
+def test_a_narrow_terminal_is_enough(zoo: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for arguments in (("list",), ("show", "attention"), ("cost", "gpt2", "--layers"), ("kernels",)):
+        ran = zoo(*arguments)
+        assert ran.code == 0
+        assert max(map(len, ran.out.splitlines())) <= 40 or arguments[0] != "list"
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    command = f"{sys.executable} -c 'from zoo.cli import main; main()' list | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "0"

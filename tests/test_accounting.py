@@ -1,0 +1,104 @@
+"""Figures from the specification alone agree with what is built, add up, and need no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import zoo
+from zoo.accounting import Tally, Workload, figures, metrics, parts, total
+from zoo.errors import ZooError
+from zoo.spec.document import load, parse, spec_names
+
+LARGE = ("gpt3-175b", "mixtral-8x7b", "llama2-7b", "llama3-8b", "gemma2-2b")
+SMALL = [name for name in spec_names() if not name.startswith("spaces/") and name not in LARGE]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_counted_parameters_are_those_of_the_built_module(name: str) -> None:
+    spec = load(name)
+    model = zoo.build(spec, device="meta")
+    assert metrics(spec)["params"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parts_sum_to_the_whole(name: str) -> None:
+    spec = load(name)
+    work = Workload(batch=2).at(spec.context)
+    found = list(parts(spec.fill(), work))
+    assert len({path for path, _, _ in found}) == len(found)
+    assert {path.split(".")[0] for path, _, _ in found} == {"stem", "body", "head"}
+    whole = figures(sum((tally for _, _, tally in found), Tally()), work)
+    assert whole == metrics(spec, work) == figures(total(spec, work), work)
+    for key in ("params", "embedding_params", "flops", "traffic", "state", "decode_flops", "weights"):
+        # The parts' sums are of floats in the same order as the whole's.
+        assert whole[key] == sum(figures(tally, work)[key] for _, _, tally in found), key
+    assert whole["activations"] == max(tally.peak for _, _, tally in found)
+    # A tied head costs what its own part does not: the model asks the root for the same work.
+    assert spec.fill().cost(spec.root(), work.forward()).flops == pytest.approx(whole["flops"], rel=1e-12)
+
+
+def test_figures_follow_the_workload() -> None:
+    spec = load("tiny-bytes")
+    one, two = metrics(spec), metrics(spec, Workload(batch=2))
+    assert two["flops"] == 2 * one["flops"] and two["state"] == 2 * one["state"]
+    assert two["params"] == one["params"] and two["state_token"] == one["state_token"]
+    half = metrics(spec, Workload(dtype="bf16"))
+    assert half["weights"] * 2 == one["weights"] == 4 * one["params"]
+    assert metrics(spec, Workload(dtype="bfloat16")) == half
+    assert metrics(spec, Workload(seq=64))["flops"] < one["flops"]
+    # Attention's cache: two vectors of the width for each of four layers.
+    assert one["state_token"] == 4 * 2 * spec.width * 4
+    assert one["state"] == one["state_token"] * (spec.context + 1)
+    assert one["train_flops"] > 2 * one["flops"]
+
+
+def test_experts_count_in_part() -> None:
+    text = "width: 8\nstem: {type: token, vocab: 9}\nhead: language_model\nbody: {layers: [{channel: %s}]}\n"
+    two, one = (metrics(parse(text % f"{{type: moe, experts: 4, top_k: {k}, hidden: 16}}")) for k in (2, 1))
+    expert = 3 * 8 * 16
+    assert two["params"] == one["params"]
+    assert two["active_params"] - one["active_params"] == expert
+    assert two["params"] - two["active_params"] == 2 * expert
+    assert one["embedding_params"] == 9 * 8
+
+
+def test_an_unknown_dtype_is_told() -> None:
+    with pytest.raises(ZooError, match=r"unknown dtype 'bf61'; did you mean 'bf16'\?"):
+        metrics(load("tiny-bytes"), Workload(dtype="bf61"))
+
+
+HEAVY = ("torch", "lightning", "optuna", "transformers", "numpy", "pandas")
+COMMANDS = [
+    ["--help"],
+    ["validate"],
+    ["list"],
+    ["show", "gpt2"],
+    ["show", "attention", "--json"],
+    ["show", "spaces/hybrid-bytes"],
+    ["cost", "gpt2", "--layers"],
+    ["schema"],
+    ["nonsense"],
+]
+
+
+def test_facts_are_told_without_torch() -> None:
+    code = f"""
+import contextlib, io, sys
+import zoo
+from zoo.cli import main
+zoo.metrics(zoo.load("mamba2-hybrid"))
+for command in {COMMANDS!r}:
+    sys.argv = ["zoo", *command]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main()
+        except SystemExit:
+            pass
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not loaded, (command, loaded)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
