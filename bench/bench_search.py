@@ -63,7 +63,7 @@ class Instant:
     def metrics(self) -> Mapping[str, str]:
         return {"loss": "minimize"}
 
-    def evaluate(self, spec: Any, trial_number: int, report: Any, should_stop: Any) -> Evaluation:  # noqa: ARG002
+    def evaluate(self, spec: Any, trial_number: int, report: Any, should_stop: Any) -> Evaluation:
         started = time.perf_counter()
         loss = 3.0 - spec.width / 400
         for index, layer in enumerate(spec.body.layers):
@@ -81,10 +81,10 @@ class Stopwatch(SearchListener):
         self.times: list[float] = []
         self.trials: list[Trial] = []
 
-    def started(self, start: Any) -> None:  # noqa: ARG002
+    def started(self, start: Any) -> None:
         self.times.append(time.perf_counter())
 
-    def finished(self, trial: Trial, front: Sequence[Trial]) -> None:  # noqa: ARG002
+    def finished(self, trial: Trial, front: Sequence[Trial]) -> None:
         self.times.append(time.perf_counter())
         self.trials.append(trial)
 
@@ -116,7 +116,7 @@ def rival(space: Space, trials: int) -> list[float]:
 
         last = time.perf_counter()
 
-        def done(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:  # noqa: ARG001
+        def done(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             nonlocal last
             spans.append(time.perf_counter() - last)
             last = time.perf_counter()
@@ -161,7 +161,7 @@ def main() -> None:
         "optuna_tpe_journal": {str(end): window(theirs, end) for end in (100, len(theirs)) if 0 < end <= len(theirs)},
     }
     print(f"{found['device']}; {len(space.decisions)} decisions; budget {BUDGET}; last {WINDOW} trials, milliseconds")
-    row: Callable[..., None] = lambda *cells: print("  ".join(f"{cell:>18}" for cell in cells))  # noqa: E731
+    row: Callable[..., None] = lambda *cells: print("  ".join(f"{cell:>18}" for cell in cells))
     row("loop", "at trial", "median", "mean", "goal")
     for name in ("zoo", "optuna_tpe_journal"):
         for end, seconds in found[name].items():

@@ -220,23 +220,23 @@ class Component(BaseModel):
         own = {name: value for name in _inherited(type(self)) if (value := getattr(self, name)) is not None}
         return scope.at(**own) if any(value is not getattr(scope, name) for name, value in own.items()) else scope
 
-    def derive(self, scope: Scope) -> Mapping[str, Any]:  # noqa: ARG002
+    def derive(self, scope: Scope) -> Mapping[str, Any]:
         """Values for fields left out that follow from the scope, by field name."""
         return {}
 
-    def check(self, scope: Scope) -> Iterator[Complaint]:  # noqa: ARG002
+    def check(self, scope: Scope) -> Iterator[Complaint]:
         """What is wrong with this component, filled in, at this place; nothing for a component that can be built."""
         yield from ()
 
-    def children(self, scope: Scope) -> Mapping[str, Child]:  # noqa: ARG002
+    def children(self, scope: Scope) -> Mapping[str, Child]:
         """The components inside, by the names that their modules get."""
         return {}
 
-    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:  # noqa: ARG002
+    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         """The tensors that this component owns itself, by name, its children's not included."""
         return {}
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         """What it remembers itself between calls when up to `capacity` tokens will be seen, children's not included."""
         return {}
 

@@ -48,7 +48,7 @@ def uniform(low: float, high: float) -> Initializer:
 def constant(value: float) -> Initializer:
     """The same value everywhere."""
 
-    def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+    def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
         tensor.fill_(value)
 
     return fill

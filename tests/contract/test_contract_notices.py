@@ -33,7 +33,7 @@ class Sums(Component):
     def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         return {"weight": Parameter((Axis("hidden", scope.width), Axis("width", scope.width)), normal())}
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         return {"total": StateTensor((scope.width,))}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
@@ -149,7 +149,7 @@ class Smuggles(Sums):
 
 
 class Understates(Sums):
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         return {"total": StateTensor((scope.width,), "float32")}
 
 
@@ -164,7 +164,7 @@ class CountsDecodingWrong(Sums):
 
 
 class CostsNothing(Sums):
-    def cost(self, scope: Scope, call: Call) -> Cost:  # noqa: ARG002
+    def cost(self, scope: Scope, call: Call) -> Cost:
         return Cost(flops=-1)
 
 

@@ -18,7 +18,7 @@ def table(*refusals: str | None) -> Primitive:
     """A primitive whose implementations `0`, `1`, ... return their name, and refuse with the reasons given."""
 
     def implementation(name: str, reason: str | None) -> Implementation:
-        return Implementation(name, lambda: name, lambda call: reason)  # noqa: ARG005
+        return Implementation(name, lambda: name, lambda call: reason)
 
     return Primitive("attention", tuple(implementation(str(i), reason) for i, reason in enumerate(refusals)))
 
@@ -68,7 +68,7 @@ def test_a_choice_that_cannot_serve_is_an_error() -> None:
         kernels.use(attention="reference"),
         pytest.raises(ZooError, match=r"'reference' was chosen .* cannot serve: no"),
     ):
-        Primitive("attention", (_marked("torch"), Implementation("reference", print, lambda call: "no"))).select(CALL)  # noqa: ARG005
+        Primitive("attention", (_marked("torch"), Implementation("reference", print, lambda call: "no"))).select(CALL)
 
 
 def test_unknown_names() -> None:

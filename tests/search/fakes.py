@@ -61,7 +61,7 @@ class FakeEvaluator:
     def evaluate(
         self,
         spec: Any,
-        trial_number: int,  # noqa: ARG002
+        trial_number: int,
         report: Callable[[int, float], None],
         should_stop: Callable[[], bool],
     ) -> Evaluation:
@@ -105,5 +105,5 @@ def search(
         SearchSettings(out=out, **given),
         evaluator=evaluator or FakeEvaluator(),
         progress=listener,
-        latency=lambda device: FakeLatency(),  # noqa: ARG005
+        latency=lambda device: FakeLatency(),
     )

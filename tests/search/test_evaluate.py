@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,9 @@ stem: {type: token, vocab: 256}
 head: language_model
 body:
   layers:
-    - {mixer: {choice: [{type: attention, heads: 2}, {type: linear_attention, heads: 2}]}, channel: {type: mlp, hidden: 16}}
-    - {mixer: {choice: [{type: attention, heads: 2}, {type: linear_attention, heads: 2}]}, channel: {type: mlp, hidden: 16}}
+    repeat: 2
+    of: {mixer: {choice: [{type: attention, heads: 2}, {type: linear_attention, heads: 2}]}, channel: mlp}
 """
-TEXT = TEXT.replace("}, {type: linear", "},\n        {type: linear")
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def test_training_reports_on_the_way_and_is_the_same_each_time(tmp_path: Path, s
     assert evaluator.metrics() == {"loss": "minimize", "accuracy": "maximize", "bits_per_byte": "minimize"}
     reported: list[int] = []
     spec = spec_of()
-    found = evaluator.evaluate(spec, 3, lambda step, value: reported.append(step), lambda: False)  # noqa: ARG005
-    again = evaluator.evaluate(spec, 3, lambda step, value: None, lambda: False)  # noqa: ARG005
+    found = evaluator.evaluate(spec, 3, lambda step, value: reported.append(step), lambda: False)
+    again = evaluator.evaluate(spec, 3, lambda step, value: None, lambda: False)
     assert reported == [2, 4] and not found.stopped
     assert dict(found.metrics) == dict(again.metrics) and set(found.metrics) == {"loss", "accuracy", "bits_per_byte"}
     assert found.folder is not None and found.folder.name.startswith("00003-")
@@ -54,7 +55,7 @@ def test_training_reports_on_the_way_and_is_the_same_each_time(tmp_path: Path, s
 def test_training_stops_when_asked(tmp_path: Path, settings: TrainSettings) -> None:
     evaluator = TrainEvaluator(settings, tmp_path / "candidates")
     reported: list[int] = []
-    found = evaluator.evaluate(spec_of(), 0, lambda step, value: reported.append(step), lambda: bool(reported))  # noqa: ARG005
+    found = evaluator.evaluate(spec_of(), 0, lambda step, value: reported.append(step), lambda: bool(reported))
     assert found.stopped and reported == [2]
 
 
@@ -62,7 +63,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_candidate(tmp_path: Path, setting
     wild = settings.model_copy(update={"learning_rate": 1e30, "clip": None, "warmup_share": 0.0})
     evaluator = TrainEvaluator(wild, tmp_path / "candidates")
     with pytest.raises(EvaluationError, match="loss of step"):
-        evaluator.evaluate(spec_of(), 0, lambda step, value: None, lambda: False)  # noqa: ARG005
+        evaluator.evaluate(spec_of(), 0, lambda step, value: None, lambda: False)
 
 
 def test_a_full_disk_is_no_fault_of_the_candidate(
@@ -70,27 +71,22 @@ def test_a_full_disk_is_no_fault_of_the_candidate(
 ) -> None:
     evaluator = TrainEvaluator(settings, tmp_path / "candidates")
 
-    def full(*arguments: Any, **named: Any) -> None:  # noqa: ARG001
+    def full(*arguments: Any, **named: Any) -> None:
         raise ZooError("cannot write: the disk is full")
 
     monkeypatch.setattr("zoo.train.loop.fit", full)
     with pytest.raises(ZooError, match="disk is full") as error:
-        evaluator.evaluate(spec_of(), 0, lambda step, value: None, lambda: False)  # noqa: ARG005
+        evaluator.evaluate(spec_of(), 0, lambda step, value: None, lambda: False)
     assert not isinstance(error.value, EvaluationError)
 
 
-def test_an_interrupted_training_interrupts_the_search(
-    tmp_path: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import os
-    import signal
-
+def test_an_interrupted_training_interrupts_the_search(tmp_path: Path, settings: TrainSettings) -> None:
     evaluator = TrainEvaluator(settings, tmp_path / "candidates")
     with pytest.raises(KeyboardInterrupt):
         evaluator.evaluate(
             spec_of(),
             0,
-            lambda step, value: os.kill(os.getpid(), signal.SIGINT),  # noqa: ARG005
+            lambda step, value: os.kill(os.getpid(), signal.SIGINT),
             lambda: False,
         )
 

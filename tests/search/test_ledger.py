@@ -148,7 +148,7 @@ def test_a_full_disk_loses_nothing_that_was_there(tmp_path: Path, monkeypatch: p
         ledger.record(trial(1), CODEC, 1)
     assert path.read_bytes() == before
 
-    def refuse(descriptor: int) -> None:  # noqa: ARG001
+    def refuse(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "write", real)

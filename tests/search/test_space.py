@@ -49,7 +49,7 @@ def test_a_point_holds_what_filling_asks_for(template: Template, rng: random.Ran
     point = space.sample(rng)
     asked: set[str] = set()
 
-    def choose(hole: object, path: str) -> object:  # noqa: ARG001
+    def choose(hole: object, path: str) -> object:
         asked.add(path)
         return point[path]
 
@@ -204,7 +204,7 @@ def test_every_wrong_option_is_reported_once_with_its_place() -> None:
     messages = [str(problem).splitlines()[0] for problem in caught.value.problems]
     assert len(messages) == 4
     for message, expected in zip(
-        messages, ["wrong.yaml:3:17: width", "expected a valid integer", "did you mean 'linear_attention'", "'ratoi'"]
+        messages, ["wrong.yaml:3:18: width", "expected a valid integer", "did you mean 'linear_attention'", "'ratoi'"]
     ):
         assert expected in message
 

@@ -111,7 +111,7 @@ def test_kill_minus_nine_at_any_moment_loses_at_most_the_candidate_in_hand(tmp_p
         child = os.fork()
         if child == 0:
             threading.Timer(rng.uniform(0.02, 0.25), os.kill, (os.getpid(), signal.SIGKILL)).start()
-            search(tmp_path / "pieces", FakeEvaluator(before=lambda count: time.sleep(0.005)), **settings)  # noqa: ARG005
+            search(tmp_path / "pieces", FakeEvaluator(before=lambda count: time.sleep(0.005)), **settings)
             os.kill(os.getpid(), signal.SIGKILL)
         rng.random()
         os.waitpid(child, 0)
@@ -223,7 +223,7 @@ def test_a_candidate_that_breaks_down_is_recorded_and_the_search_goes_on(tmp_pat
 
 def test_a_search_in_which_everything_breaks_says_so(tmp_path: Path) -> None:
     with pytest.raises(ZooError, match="the first 5 candidates all failed; the last one: no luck"):
-        search(tmp_path / "run", FakeEvaluator(lambda spec: "no luck"))  # noqa: ARG005
+        search(tmp_path / "run", FakeEvaluator(lambda spec: "no luck"))
 
 
 def test_an_infinite_loss_is_a_failure(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_time_may_run_out(tmp_path: Path) -> None:
 
 def test_two_searches_on_one_file_share_the_work(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"trials": 24}
-    slow = FakeEvaluator(before=lambda count: time.sleep(0.01))  # noqa: ARG005
+    slow = FakeEvaluator(before=lambda count: time.sleep(0.01))
     children = []
     for _ in range(2):
         child = os.fork()

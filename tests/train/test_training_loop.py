@@ -270,7 +270,7 @@ class _Caching(TinyClassifier):
 
     table: torch.Tensor | None = None
 
-    def forward(self, inputs, labels=None) -> Output:  # noqa: ARG002
+    def forward(self, inputs, labels=None) -> Output:
         if self.table is None:
             self.table = torch.linspace(0.5, 1.5, 10)
         return Output(self.layer(inputs.flatten(1)) * self.table)
@@ -300,7 +300,7 @@ class _Regression(nn.Module):
         self.spec = type("Spec", (), {"hash": "regression"})
         self.layer = nn.Linear(3, 1)
 
-    def forward(self, inputs, labels=None) -> Output:  # noqa: ARG002
+    def forward(self, inputs, labels=None) -> Output:
         return Output(self.layer(inputs))
 
 
@@ -438,7 +438,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path: Path, number: int) ->
 def test_a_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def interrupt(progress: Progress) -> None:  # noqa: ARG001
+    def interrupt(progress: Progress) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -36,7 +36,7 @@ class TinyLanguageModel(nn.Module):
         self.auxiliary = auxiliary
         self.no_decay = frozenset({"embedding.weight", "hidden.bias", "norm.weight", "norm.bias"})
 
-    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Output:  # noqa: ARG002
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Output:
         x = self.embedding(inputs)
         past = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         x = self.dropout(torch.tanh(self.hidden(torch.cat([x, past], -1))))
@@ -56,5 +56,5 @@ class TinyClassifier(nn.Module):
         self.spec = SimpleNamespace(hash="classifier")
         self.layer = nn.Linear(64, 10)
 
-    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Output:  # noqa: ARG002
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> Output:
         return Output(self.layer(inputs.flatten(1)))

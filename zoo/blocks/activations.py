@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class ReLU(Component):
     r"""$\max(x, 0)$."""
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.relu()
 
 
@@ -23,7 +23,7 @@ class ReLU(Component):
 class SquaredReLU(Component):
     r"""$\max(x, 0)^2$."""
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.relu().square()
 
 
@@ -34,7 +34,7 @@ class GELU(Component):
     approximate: Literal["none", "tanh"] = "none"
     """`tanh` for the approximation that GPT-2 and Gemma use."""
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor) -> Tensor:
         import torch.nn.functional as F
 
         return F.gelu(x, approximate=self.approximate)
@@ -44,7 +44,7 @@ class GELU(Component):
 class SiLU(Component):
     r"""$x \sigma(x)$, also called swish."""
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor) -> Tensor:
         import torch.nn.functional as F
 
         return F.silu(x)
@@ -54,7 +54,7 @@ class SiLU(Component):
 class Sigmoid(Component):
     r"""$1 / (1 + e^{-x})$."""
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.sigmoid()
 
 
@@ -62,5 +62,5 @@ class Sigmoid(Component):
 class NoActivation(Component):
     """The identity, which makes a gated unit bilinear."""
 
-    def forward(self, module: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor) -> Tensor:
         return x

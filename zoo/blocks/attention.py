@@ -210,7 +210,7 @@ class Attention(HeadMixer):
             found |= {"query_norm": Child(self.qk_norm, head), "key_norm": Child(self.qk_norm, head)}
         return found | self.position_child(scope, (heads + kv_heads) * head_dim)
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         if not self.causal:
             return {}
         _, kv_heads, head_dim = self.sizes

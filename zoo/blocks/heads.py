@@ -61,7 +61,7 @@ class LanguageModelHead(HeadBase):
         child = Component.project(self, scope.at(linear=Dense()), inputs, outputs) if self.tied else None
         return child.cost(call) if child is not None else self.children_cost(scope, call)
 
-    def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:
         import torch.nn.functional as F
 
         scores = F.linear(x, table) if table is not None else module.project(x)
@@ -101,7 +101,7 @@ class PooledHead(HeadBase):
             return x[:, ctx.prefix :].mean(dim=1)
         return x[:, 0 if self.pool == "first" else -1]
 
-    def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:
         return module.project(self.pooled(x, ctx))
 
 

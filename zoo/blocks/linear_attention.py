@@ -23,7 +23,7 @@ LEAST_SUM = 1e-6
 """Keeps the division by the sum of the weights finite; weights are of the order of one."""
 
 
-def first_decays(tensor: torch.Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+def first_decays(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Offsets at which the heads' decays are from 1 - 1/32 to 1 - 1/512, evenly spaced in the logarithm."""
     import torch
 
@@ -123,12 +123,12 @@ class LinearAttention(HeadMixer):
             found["gate"] = self.project(scope, width, values, bias=self.bias)
         return found | self.position_child(scope, 2 * heads * key_dim)
 
-    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:  # noqa: ARG002
+    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         if self.decay != "data":
             return {}
         return {"decay_bias": Parameter((Axis("heads", self.sizes[0]),), first_decays, decay=False)}
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         if not self.causal:
             return {}
         heads, key_dim, value_dim = self.sizes

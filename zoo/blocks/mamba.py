@@ -95,7 +95,7 @@ def first_steps(low: float, high: float, floor: float) -> Initializer:
     return fill
 
 
-def first_decays(tensor: torch.Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+def first_decays(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """S4D-real (Gu et al. 2022): rates 1, 2, ..., state_dim for every channel, as logarithms."""
     tensor.fill_(1.0).cumsum_(-1).log_()
 
@@ -152,7 +152,7 @@ class Mamba(StateSpace):
             "out": self.project(scope, hidden, width, bias=self.bias, residual=True),
         }
 
-    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:  # noqa: ARG002
+    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         hidden = self.hidden_axis
         return {
             **self.convolution("conv", hidden),
@@ -161,7 +161,7 @@ class Mamba(StateSpace):
             "D": Parameter((hidden,), ones, decay=False),
         }
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         hidden = self.hidden_axis.size
         return {
             "tail": StateTensor((self.conv_kernel - 1, hidden)),

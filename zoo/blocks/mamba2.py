@@ -100,7 +100,7 @@ class Mamba2(StateSpace):
             "out": self.project(scope, self.hidden_axis, width, bias=self.bias, residual=True),
         }
 
-    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:  # noqa: ARG002
+    def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         axes, heads = self.axes(), Axis("heads", self.heads)
         found: dict[str, Parameter] = {}
         for name in CONVOLVED:
@@ -117,7 +117,7 @@ class Mamba2(StateSpace):
         axes = self.axes()
         return [axes[name].size for name in CONVOLVED]
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         return {
             "tail": StateTensor((self.conv_kernel - 1, sum(self.convolved()))),
             "memory": StateTensor((self.heads, self.state_dim, self.head_dim), "float32"),

@@ -74,7 +74,7 @@ class MatFormer(Component):
         filled = super().fill(scope)
         return filled.model_copy(update={"ratios": None}) if self.hidden is None else filled
 
-    def check(self, scope: Scope) -> Iterator[Complaint]:  # noqa: ARG002
+    def check(self, scope: Scope) -> Iterator[Complaint]:
         if self.ratios is not None:
             yield Complaint("ratios", "`hidden` and `ratios` are both set; remove one")
         if any(narrow >= wide for narrow, wide in pairwise(self.widths)):
@@ -127,7 +127,7 @@ class MatFormer(Component):
         module: Any,
         x: Tensor,
         ctx: Context,
-        state: StateTree | None = None,  # noqa: ARG002
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         import torch.nn.functional as F
 

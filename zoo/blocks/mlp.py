@@ -114,8 +114,8 @@ class MLP(Plain):
         self,
         module: Any,
         x: Tensor,
-        ctx: Context,  # noqa: ARG002
-        state: StateTree | None = None,  # noqa: ARG002
+        ctx: Context,
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         return self.narrowed(module, module.activation(module.up(x))), None
 
@@ -148,7 +148,7 @@ class GLU(Plain):
         self,
         module: Any,
         x: Tensor,
-        ctx: Context,  # noqa: ARG002
-        state: StateTree | None = None,  # noqa: ARG002
+        ctx: Context,
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         return self.narrowed(module, module.activation(module.gate(x)) * module.up(x)), None

@@ -137,7 +137,7 @@ class MixtureOfExperts(FeedForward):
         module: Any,
         x: Tensor,
         ctx: Context,
-        state: StateTree | None = None,  # noqa: ARG002
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         import torch.nn.functional as F
 

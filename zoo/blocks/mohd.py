@@ -166,7 +166,7 @@ class MixtureOfHiddenDimensions(FeedForward):
         module: Any,
         x: Tensor,
         ctx: Context,
-        state: StateTree | None = None,  # noqa: ARG002
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         import torch
         import torch.nn.functional as F
@@ -206,6 +206,6 @@ class MixtureOfHiddenDimensions(FeedForward):
         return y.reshape(x.shape), None
 
 
-def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """The identity along the last two axes."""
     tensor.zero_().diagonal(dim1=-2, dim2=-1).fill_(1.0)

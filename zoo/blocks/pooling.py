@@ -45,7 +45,7 @@ class Pooling(Component):
         if self.size > reach:
             yield Complaint("size", f"size {self.size} reaches beyond all {scope.tokens} tokens; use at most {reach}")
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         return {"tail": StateTensor((self.size - 1, scope.width))} if scope.causal else {}
 
     def cost(self, scope: Scope, call: Call) -> Cost:

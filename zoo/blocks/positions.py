@@ -29,18 +29,18 @@ class PositionBase(Component):
 
     absolute: ClassVar[bool] = False
 
-    def cost(self, scope: Scope, call: Call) -> Cost:  # noqa: ARG002
+    def cost(self, scope: Scope, call: Call) -> Cost:
         return FREE
 
-    def forward(self, module: Any, x: Tensor, ctx: Context) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor, ctx: Context) -> Tensor:
         """The stream `[batch, tokens, width]` with positions added; only asked of absolute components."""
         return x
 
-    def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys `[batch, tokens, heads, head_dim]` with positions turned in."""
         return q, k
 
-    def slopes(self, heads: int) -> list[float] | None:  # noqa: ARG002
+    def slopes(self, heads: int) -> list[float] | None:
         """What each head subtracts from its scores per token of distance, or None."""
         return None
 
@@ -136,7 +136,7 @@ class Sinusoidal(PositionBase):
     def cost(self, scope: Scope, call: Call) -> Cost:
         return elementwise(call.rows * scope.width, call.element_bytes, operands=3, saved=0)
 
-    def forward(self, module: Any, x: Tensor, ctx: Context) -> Tensor:  # noqa: ARG002
+    def forward(self, module: Any, x: Tensor, ctx: Context) -> Tensor:
         import torch
 
         width = x.shape[-1]

@@ -118,7 +118,7 @@ class SandwichNorm(ResidualBase):
 class Parallel(ResidualBase):
     r"""$x \leftarrow x + \sum_b f_b(\mathrm{norm}(x))$: all branches read the same normalised stream."""
 
-    def norms(self, branches: tuple[str, ...]) -> list[str]:  # noqa: ARG002
+    def norms(self, branches: tuple[str, ...]) -> list[str]:
         return ["norm"]
 
     def forward(

@@ -62,7 +62,7 @@ class Layer(Component):
         """Names of the branches that are there, in the order in which they run."""
         return tuple(name for name in BRANCHES if getattr(self, name) is not None)
 
-    def check(self, scope: Scope) -> Iterator[Complaint]:  # noqa: ARG002
+    def check(self, scope: Scope) -> Iterator[Complaint]:
         if not self.branches:
             yield Complaint("", "a layer needs a `mixer`, a `channel`, or both")
 
@@ -96,7 +96,7 @@ class Layered(Component):
     linear: Linear | None = None
     position: Position | None = None
 
-    def check(self, scope: Scope) -> Iterator[Complaint]:  # noqa: ARG002
+    def check(self, scope: Scope) -> Iterator[Complaint]:
         if not self.layers:
             yield Complaint("layers", "expected at least one layer")
 
@@ -132,7 +132,7 @@ class Stack(Layered):
     final_norm: bool | None = None
     """Whether to normalise the output of the last layer."""
 
-    def derive(self, scope: Scope) -> Mapping[str, Any]:  # noqa: ARG002
+    def derive(self, scope: Scope) -> Mapping[str, Any]:
         return {
             "final_norm": not all(
                 isinstance(layer, Layer) and isinstance(layer.residual, PostNorm) for layer in self.layers

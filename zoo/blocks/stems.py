@@ -95,7 +95,7 @@ class PatchStem(StemBase):
     def patch(self) -> Axis:
         return Axis("patch", self.channels * self.size**2)
 
-    def check(self, scope: Scope) -> Iterator[Complaint]:  # noqa: ARG002
+    def check(self, scope: Scope) -> Iterator[Complaint]:
         if any(extent % self.size for extent in self.image):
             height, width = self.image
             yield Complaint("size", f"images of {height}x{width} do not divide into {self.size}x{self.size} patches")

@@ -66,8 +66,8 @@ class TokenMLP(Component):
         self,
         module: Any,
         x: Tensor,
-        ctx: Context,  # noqa: ARG002
-        state: StateTree | None = None,  # noqa: ARG002
+        ctx: Context,
+        state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
         if x.shape[1] != module.scope.tokens:
             raise ZooError(f"token_mlp was built for {module.scope.tokens} tokens; got {x.shape[1]}")

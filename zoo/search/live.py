@@ -76,7 +76,7 @@ class LiveProgress(SearchListener):
         self._now, self._step = "", None
         self._print(self._line(trial))
 
-    def ended(self, results: Results) -> None:  # noqa: ARG002
+    def ended(self, results: Results) -> None:
         self._now = ""
 
     def _line(self, trial: Trial) -> str:

@@ -285,7 +285,7 @@ def _dumper() -> type:
     class Dumper(yaml.SafeDumper):
         """Quotes every text that would not come back as the same text."""
 
-        def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        def ignore_aliases(self, data: Any) -> bool:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:

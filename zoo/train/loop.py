@@ -273,7 +273,7 @@ class _Run(Callback):
             for number in _SIGNALS:
                 signal.signal(number, self._interrupt)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.settings.accumulate:
             return
         if self.state.stopped is not None:
@@ -289,7 +289,7 @@ class _Run(Callback):
         trainer: Trainer,
         pl_module: Any,
         outputs: Any,
-        batch: Any,  # noqa: ARG002
+        batch: Any,
         batch_idx: int,
     ) -> None:
         self._losses += torch.stack([outputs["main"], outputs["auxiliary"]])
@@ -309,7 +309,7 @@ class _Run(Callback):
         if saving:
             self._save(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -340,14 +340,14 @@ class _Run(Callback):
         if self.report is not None:
             self.report(self.step, value)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._drain()
         if self.state.stopped is None:
             self.state.stopped = "finished"
         if self.step > 0:
             self._save(trainer)
 
-    def _interrupt(self, number: int, frame: Any) -> None:  # noqa: ARG002
+    def _interrupt(self, number: int, frame: Any) -> None:
         """The first signal ends the run after the step in hand, the next one at once."""
         if self.interrupted:
             raise KeyboardInterrupt

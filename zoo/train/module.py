@@ -52,7 +52,7 @@ class TrainingModule(LightningModule):
             fused=settings.precision != "16" and self.device.type in ("cpu", "cuda"),
         )
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:  # noqa: ARG002
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         if self.trainer.should_stop:
             return -1
         step = self.step
@@ -70,7 +70,7 @@ class TrainingModule(LightningModule):
         auxiliary = sum(output.losses.values(), start=torch.zeros_like(loss))
         return {"loss": loss + auxiliary, "main": loss.detach(), "auxiliary": auxiliary.detach()}
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         limit = self.settings.clip if self.settings.clip is not None else math.inf
         self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 

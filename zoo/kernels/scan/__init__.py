@@ -1,6 +1,5 @@
 """The selective scan of Mamba; see `selective_scan`."""
 
-# ruff: noqa: N803 - the paper's names
 from __future__ import annotations
 
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """The selective scan one token after another, as the formula reads."""
 
-# ruff: noqa: N803 - the paper's names
 from __future__ import annotations
 
 import torch

@@ -5,7 +5,6 @@ The backward keeps the states that enter the chunks and computes the others agai
 `[batch, state_dim, channels]`, so that the many channels are neighbours in memory.
 """
 
-# ruff: noqa: N803 - the paper's names
 from __future__ import annotations
 
 from typing import Any

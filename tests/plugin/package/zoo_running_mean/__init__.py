@@ -30,7 +30,7 @@ class RunningMean(Component):
     def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         return {"weight": Parameter((Axis("width", scope.width),), ones, decay=False)} if self.scaled else {}
 
-    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:  # noqa: ARG002
+    def state(self, scope: Scope, capacity: int) -> Mapping[str, StateTensor]:
         return {"total": StateTensor((scope.width,), "float32")}
 
     def cost(self, scope: Scope, call: Call) -> Cost:

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import fakes
+import optuna
+import pytest
+from fakes import search
+
+from zoo.search.ledger import Ledger
+from zoo.search.objective import parse_objectives
+from zoo.search.sampler import POPULATION, Evolution, RandomDraws
+from zoo.search.trial import Archive
+
+LOSS = parse_objectives("loss")
+
+
+def test_a_stream_depends_on_seed_and_trials_only(tmp_path: Path) -> None:
+    results = search(tmp_path / "run")
+    space = fakes.tiny()
+    archive = Archive(LOSS)
+
+    def drawn(number: int, seed: int = 0) -> list[Any]:
+        return list(islice(Evolution(space, archive, seed).stream(number), 20))
+
+    empty = drawn(3)
+    assert empty == drawn(3) and empty != drawn(4) and empty != drawn(3, seed=1)
+    for trial in results.trials:
+        archive.add(trial)
+    assert drawn(3) == drawn(3) != empty
+    assert all(space.normalised(point) == point for point in drawn(3))
+    draws = RandomDraws(space, 0)
+    assert list(islice(draws.stream(1), 5)) == list(islice(draws.stream(1), 5)) != list(islice(draws.stream(2), 5))
+
+
+def test_evolution_learns(tmp_path: Path) -> None:
+    best: dict[str, list[float]] = {"evolution": [], "random": []}
+    for sampler, found in best.items():
+        for seed in range(5):
+            results = search(
+                tmp_path / f"{sampler}-{seed}", sampler=sampler, seed=seed, trials=40, budget="params<=30k"
+            )
+            assert results.best is not None
+            found.append(results.best.values[0])
+    assert fmean(best["evolution"]) < fmean(best["random"])
+
+
+@pytest.mark.parametrize("objective", ["loss", "loss,params"])
+def test_nsga2_counts_generations_with_the_baselines_in_the_first(tmp_path: Path, objective: str) -> None:
+    results = search(tmp_path / "run", sampler="nsga2", trials=POPULATION + 5, objective=objective)
+    trials = Ledger.open(tmp_path / "run").frozen
+    generations = [trial.system_attrs["InOrder:generation"] for trial in trials]
+    assert generations == [0] * POPULATION + [1] * 5
+    assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials) and results.stopped == "finished"

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spaces
+from zoo.errors import SpecError, ZooError
+from zoo.accounting import Workload, metrics
+from zoo.search import table
+from zoo.search.budget import METRICS
+from zoo.search.options import largest_sum, smallest_sum
+from zoo.search.program import Point
+from zoo.search.space import Space, load_space
+from zoo.search.table import CostTable
+from zoo.spec.document import spec_names
+
+REAL = sorted(spaces.real())
+SHIPPED = [name for name in spec_names() if load_space(name).decisions]
+WORKLOADS = [Workload(), Workload(batch=3, seq=12, past=40, dtype="bfloat16")]
+COUNTED = [metric.name for metric in METRICS.values() if not metric.needs_measurement]
+
+RESIDUALS = """
+width: 32
+context: 16
+stem: {type: token, vocab: 64}
+head: language_model
+body: {layers: {repeat: {int: [1, 2]}, of: {channel: mlp, residual: {choice: [pre, post]}}}}
+"""
+"""A stack has a norm behind its layers unless all of them normalise the stream: layers decide about what follows them."""
+
+
+def counted(space: Space, point: Point, work: Workload) -> dict[str, Any] | None:
+    """The figures of a whole spec, None if it is invalid."""
+    try:
+        return metrics(space.spec_at(point), work)
+    except SpecError:
+        return None
+
+
+@pytest.mark.parametrize("work", WORKLOADS, ids=["default", "other"])
+@pytest.mark.parametrize("name", [*REAL, *SHIPPED])
+def test_figures_are_those_of_the_whole_spec(name: str, work: Workload) -> None:
+    space = spaces.real()[name] if name in REAL else load_space(name)
+    costs = CostTable(space, work)
+    rng = random.Random(0)
+    drawn = [space.sample(rng) for _ in range(12)]
+    drawn += [space.mutate(point, rng, changes=3) for point in drawn]
+    for point in drawn:
+        assert costs.figures(point) == counted(space, point, work)
+    assert costs.separable
+
+
+@pytest.mark.parametrize("name", ["stages", "everything"])
+def test_figures_of_every_point(name: str) -> None:
+    space = spaces.real()[name]
+    costs = CostTable(space, Workload())
+    for point in itertools.islice(spaces.points(space), 0, None, 101 if name == "stages" else 1501):
+        assert costs.figures(point) == counted(space, point, Workload())
+
+
+def test_layers_that_decide_about_what_follows_them() -> None:
+    space = Space.parse(RESIDUALS)
+    costs = CostTable(space, Workload())
+    found = {tuple(point.values()): costs.figures(point) for point in spaces.points(space)}
+    for point in spaces.points(space):
+        assert found[tuple(point.values())] == counted(space, point, Workload())
+    pre, post = found[1, "pre"], found[1, "post"]
+    assert pre is not None and post is not None and pre["params"] == post["params"] + 32
+
+
+def test_layers_that_change_the_stream_are_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_hands_on", lambda place: False)
+    space = spaces.real()["everything"]
+    costs = CostTable(space, Workload())
+    rng = random.Random(0)
+    for point in [space.sample(rng) for _ in range(10)]:
+        assert costs.figures(point) == counted(space, point, Workload())
+    assert not costs.separable
+
+
+def test_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MAX_ROWS", 5)
+    space = spaces.real()["everything"]
+    costs = CostTable(space, Workload())
+    rng = random.Random(0)
+    for point in [space.sample(rng) for _ in range(20)]:
+        assert costs.figures(point) == counted(space, point, Workload())
+
+
+def test_invalid_combinations_have_no_figures() -> None:
+    space = spaces.real()["shared"]
+    costs = CostTable(space, Workload())
+    point = {**space.first(), "heads": 3}
+    assert costs.figures(point) is None
+    assert costs.figures({**point, "d": 48}) is not None
+    assert costs.figures(point) is None
+
+
+def test_every_metric_of_a_budget_has_a_figure() -> None:
+    found = CostTable(spaces.hybrid(), Workload()).figures(spaces.hybrid().first())
+    assert found is not None and set(COUNTED) <= found.keys()
+    assert found["depth"] == 8
+
+
+@pytest.mark.parametrize("metric", COUNTED)
+def test_ranges_are_exact(metric: str) -> None:
+    space = spaces.real()["stages"]
+    costs = CostTable(space, Workload(batch=2))
+    found = [figures for point in spaces.points(space) if (figures := costs.figures(point)) is not None]
+    values = [figures[metric] for figures in found]
+    assert costs.range_of(metric) == (min(values), max(values))
+    for largest, expected in ((False, min(values)), (True, max(values))):
+        value, point = costs.extreme(metric, largest=largest)
+        figures = costs.figures(point)
+        assert figures is not None and figures[metric] == value == expected
+
+
+def test_ranges_of_large_layers_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MAX_OPTIONS", 8)
+    space = spaces.hybrid()
+    bounded = CostTable(space, Workload()).range_of("params")
+    monkeypatch.undo()
+    assert bounded == CostTable(space, Workload()).range_of("params")
+
+
+def test_a_space_without_valid_points_has_no_range() -> None:
+    text = "width: 32\nstem: {type: token, vocab: 64}\nhead: language_model\nbody:\n  layers:\n"
+    space = Space.parse(text + "    - {mixer: {type: attention, heads: {choice: [3, 5]}}}")
+    with pytest.raises(ZooError, match="no point of the space was found to be valid"):
+        CostTable(space, Workload()).range_of("params")
+
+
+PARTS = st.lists(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4), min_size=1, max_size=4
+)
+
+
+@given(PARTS, st.integers(0, 9))
+def test_extreme_sums(parts: list[list[tuple[int, int]]], floor: int) -> None:
+    def total(picked: tuple[tuple[int, int], ...]) -> int:
+        return sum(value for value, _ in picked) + max(floor, *(peak for _, peak in picked))
+
+    arrays = [tuple(np.array(column, dtype=float) for column in zip(*part)) for part in parts]
+    every = [total(picked) for picked in itertools.product(*parts)]
+    for search, expected in ((smallest_sum, min(every)), (largest_sum, max(every))):
+        value, picks = search(arrays, floor)  # type: ignore[arg-type]
+        assert value == expected == total(tuple(part[pick] for part, pick in zip(parts, picks)))
