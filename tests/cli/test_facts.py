@@ -41,7 +41,8 @@ class Runner:
             main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return Ran(code, *self.capsys.readouterr())
+        captured = self.capsys.readouterr()
+        return Ran(code, str(captured.out), str(captured.err))
 
 
 @pytest.fixture

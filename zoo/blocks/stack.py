@@ -27,6 +27,7 @@ from zoo.component import (
     Scope,
     Size,
     Slot,
+    Traits,
 )
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost
@@ -259,7 +260,9 @@ class Stages(Component):
         return (module.final_norm(x) if self.final_norm else x), new
 
 
-@register("merge", role=Role.REDUCE, sources=["Liu et al. 2021, Swin Transformer, section 3.1"])
+@register(
+    "merge", role=Role.REDUCE, traits=Traits(causal="never"), sources=["Liu et al. 2021, Swin Transformer, section 3.1"]
+)
 class Merge(Component):
     """Patch merging: each `factor` by `factor` group of tokens is laid end to end, normalised, and mapped to the width.
 
