@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from zoo.cost import Call, Cost
 from zoo.errors import Problem, SpecError, ZooError, did_you_mean, nearest
 from zoo.parameter import Axis, Parameter, StateTensor
-from zoo.registry import INHERITED, Entry, Role, find, types
+from zoo.registry import INHERITED, Entry, Role, find, types, with_article
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ class Slot:
         """The component that a value stands for: itself, a type's name, or a mapping with a type and fields."""
         if isinstance(value, Component):
             if value.role is not self.role:
-                raise ZooError(f"{value.type!r} is a {value.role}, but a {self.role} is expected here")
+                raise ZooError(f"{value.type!r} is {with_article(value.role)}, but {with_article(self.role)} is expected here")
             return value
         if isinstance(value, str):
             return find(self.role, value)()
@@ -89,9 +89,9 @@ class Slot:
             fields = dict(value)
             name = fields.pop("type", self.default)
             if not isinstance(name, str):
-                raise ZooError(f"a {self.role} needs a `type`; known: {', '.join(types(self.role))}")
+                raise ZooError(f"{with_article(self.role)} needs a `type`; known: {', '.join(types(self.role))}")
             return find(self.role, name)(**fields)
-        raise ZooError(f"expected a {self.role}: a type name or a mapping with a `type`; got {_shown(value)}")
+        raise ZooError(f"expected {with_article(self.role)}: a type name or a mapping with a `type`; got {_shown(value)}")
 
 
 @cache
@@ -393,7 +393,7 @@ def _keys(component: type[Component]) -> list[str]:
 def _expected(item: ErrorDetails, slot: Slot | None) -> str:
     """What a finding of pydantic's says would be right."""
     if slot is not None:
-        return f"a {slot.role}: a type name or a mapping with a `type`"
+        return f"{with_article(slot.role)}: a type name or a mapping with a `type`"
     limits = item.get("ctx", {})
     match item["type"]:
         case "missing":

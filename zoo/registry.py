@@ -120,6 +120,11 @@ def types(role: Role) -> list[str]:
     return [entry.type for entry in components(role)]
 
 
+def with_article(noun: str) -> str:
+    """`a mixer`, `an activation`."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def find(role: Role, type_name: str) -> type[Component]:
     """The class registered for a type in a role; a `ZooError` names the roles that have it, or the nearest type."""
     _discover()
@@ -129,7 +134,7 @@ def find(role: Role, type_name: str) -> type[Component]:
     elsewhere = [str(other) for other, name in _components if name == type_name]
     if elsewhere:
         raise ZooError(
-            f"{type_name!r} is a {' or '.join(elsewhere)}, but a {role} is expected here"
+            f"{type_name!r} is {' or '.join(map(with_article, elsewhere))}, but {with_article(role)} is expected here"
             f"; known: {', '.join(types(role))}"
         )
     raise ZooError(f"unknown {role} {type_name!r}{did_you_mean(type_name, types(role))}")

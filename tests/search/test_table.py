@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-import spaces
-from zoo.errors import SpecError, ZooError
 from zoo.accounting import Workload, metrics
+from zoo.errors import SpecError, ZooError
 from zoo.search import table
 from zoo.search.budget import METRICS
 from zoo.search.options import largest_sum, smallest_sum
@@ -32,7 +32,7 @@ stem: {type: token, vocab: 64}
 head: language_model
 body: {layers: {repeat: {int: [1, 2]}, of: {channel: mlp, residual: {choice: [pre, post]}}}}
 """
-"""A stack has a norm behind its layers unless all of them normalise the stream: layers decide about what follows them."""
+"""A stack has a norm at its end unless all layers normalise the stream: layers decide about what follows them."""
 
 
 def counted(space: Space, point: Point, work: Workload) -> dict[str, Any] | None:
@@ -56,11 +56,10 @@ def test_figures_are_those_of_the_whole_spec(name: str, work: Workload) -> None:
     assert costs.separable
 
 
-@pytest.mark.parametrize("name", ["stages", "everything"])
-def test_figures_of_every_point(name: str) -> None:
-    space = spaces.real()[name]
+def test_figures_all_over_a_space() -> None:
+    space = spaces.real()["stages"]
     costs = CostTable(space, Workload())
-    for point in itertools.islice(spaces.points(space), 0, None, 101 if name == "stages" else 1501):
+    for point in itertools.islice(spaces.points(space), 0, None, 101):
         assert costs.figures(point) == counted(space, point, Workload())
 
 

@@ -57,7 +57,7 @@ def caret(text: str, layer: str = "") -> tuple[str, str]:
         ("{mixer: [attention]}", "[", "expected a mixer: a type name or a mapping with a `type`; got a list"),
         ("{mixer: glu}", "glu", "'glu' is a channel, but a mixer is expected here; known: attention,"),
         ("{channel: attention}", "attention", "'attention' is a mixer, but a channel is expected here; known: glu,"),
-        ("{mixer: mamba, norm: gelu}", "gelu", "'gelu' is a activation, but a norm is expected"),
+        ("{mixer: mamba, norm: gelu}", "gelu", "'gelu' is an activation, but a norm is expected"),
         ("{mixer: mamba, residual: prenorm}", "prenorm", "unknown residual 'prenorm'; did you mean 'pre'?"),
         ("{mixer: {type: attention, qk_norm: 3}}", "3", "expected a norm: a type name or a mapping"),
         ("{mixer: {type: attention, heads: 7}}", "7", "heads 7 does not divide width 64; heads 4 or 8 would"),

@@ -275,7 +275,7 @@ class _Matcher:
         names = self.program.decisions.keys() - found.values.keys()
         for values in islice(every(run, names, found.values), MAX_ALTERNATIVES):
             merged = {**found.values, **values}
-            tree = Filling(self.space.template, lambda hole, path, m=merged: m[path]).part(part, path)
+            tree = Filling(self.space.template, lambda hole, path, m=merged: m[path]).part(part, path)  # noqa: ARG005
             seen.append(tree.plain())
             weighed.append((agreement(tree, target), merged))
         for level in (YES, PERHAPS):
@@ -351,7 +351,7 @@ def agreement(tree: Tree, target: Any) -> int:
             return PERHAPS if target is None else NO
         return min((agreement(item, other) for item, other in zip(value, target, strict=True)), default=YES)
     if value is None or target is None:
-        return YES if value is target else PERHAPS
+        return YES if value is target else NO
     return YES if value == target and isinstance(value, bool) == isinstance(target, bool) else NO
 
 

@@ -10,6 +10,8 @@ it meets it, by as few decisions as possible.
    moved towards the proposal as far as the budget lets it.
 3. What was changed without need is changed back.
 
+Where layers cannot be told apart (`zoo.search.table`), a random walk takes the place of the descent.
+
 The result is checked against the tables, which are exact: it never violates a term.
 """
 
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from zoo.accounting import Workload
+from zoo.errors import ZooError
 from zoo.quantity import format_quantity
 from zoo.search.budget import Budget, Term
 from zoo.search.options import Floats, Options
@@ -48,6 +51,10 @@ NEARLY_AS_GOOD = 0.5
 """The score, as a share of the best, above which changes of several layers are made at once."""
 ROUNDING = 1e-9
 """By how much, as a share, sums may be off."""
+WALKS = 4
+STRIDES = 64
+"""Random walks, and steps of each, where layers cannot be weighed one by one."""
+NOTHING_VALID = "no point of the space was found to be valid"
 TIES = 1e-9
 """By how much, as a share, scores may differ that count as equal."""
 
@@ -126,7 +133,8 @@ class Repair:
         self._strict = bool((self._strict_low | self._strict_high).any())
         self._boards: dict[tuple[Value, ...], Board | None] = {}
         self._offers: dict[int, tuple[Options, Floats, Floats]] = {}
-        self._carries: dict[tuple[int, int], list[tuple[int | None, list[int], int]]] = {}
+        self._moves: dict[tuple[Value, ...], tuple[Point, Board | None]] = {}
+        self._carries: dict[tuple[int, int], list[tuple[list[int], list[int], int]]] = {}
         self._anchors: list[Point] | None = None
         self._outside = [decision.name for decision in space.program.outside]
 
@@ -139,10 +147,14 @@ class Repair:
         if self.feasible(proposal):
             return proposal
         kept = frozenset(keep)
-        state = self._state(proposal)
+        state = self._state(proposal) or self._beside(proposal, kept, rng)
         if state is not None:
             found = self._settled(self._descended(state, kept, rng), proposal, kept)
             if found is not None:
+                return found
+        elif not self._separable():
+            found = self._wandered(proposal, kept, rng)
+            if self.feasible(found):
                 return found
         ranked = sorted(self.anchors(), key=lambda anchor: _disturbance(proposal, anchor))
         for anchor in ranked:
@@ -177,7 +189,13 @@ class Repair:
         """
         if self.anchors():
             return None
-        reasons: list[str] = []
+        try:
+            return "\n".join(self._unreachable_terms()) or self._conflict()
+        except ZooError as error:
+            return str(error)
+
+    def _unreachable_terms(self) -> Iterator[str]:
+        """What is to be said of each term that no point meets."""
         for term, table in zip(self.terms, self._of_term, strict=True):
             above = term.high < math.inf
             for largest in [False] * above + [True] * (term.low > 0 or term.low_strict):
@@ -185,12 +203,7 @@ class Repair:
                 missed = value < term.low if largest else value > term.high
                 strict = term.low_strict if largest else term.high_strict
                 if missed or (strict and value == (term.low if largest else term.high)):
-                    reasons.append(self._unreachable(term, value, point, largest=largest))
-        if reasons:
-            return "\n".join(reasons)
-        if not self.terms:
-            return "no point of the space was found to be valid"
-        return self._conflict()
+                    yield self._unreachable(term, value, point, largest=largest)
 
     def _unreachable(self, term: Term, value: float, point: Point, *, largest: bool) -> str:
         shown = format_quantity(value, term.dimension)
@@ -205,10 +218,18 @@ class Repair:
         )
 
     def _conflict(self) -> str:
-        """The nearest point that was found, and how far it is from each term."""
-        best = min(self._tried, key=self.violation, default=None)
+        """The nearest point to all terms that was found, and how far it is from each."""
+        rng = random.Random(0)
+        tried = list(self._tried)
+        for term, table in zip(self.terms, self._of_term, strict=True):
+            for largest in (False, True):
+                tried.append(table.extreme(term.metric, largest=largest)[1])
+                state = self._state(tried[-1])
+                if state is not None:
+                    tried.append(self.space.normalised(self._point(self._descended(state, frozenset(), rng))))
+        best = min(tried, key=self.violation, default=None)
         if best is None or math.isinf(self.violation(best)):
-            return "no point of the space was found to be valid"
+            return NOTHING_VALID
         parts: list[str] = []
         for term, table in zip(self.terms, self._of_term, strict=True):
             figures = table.figures(best)
@@ -217,7 +238,7 @@ class Repair:
             shown = f"{term.metric} {format_quantity(value, term.dimension)}"
             excess = term.violation(value)
             wanted = term.text or str(term)
-            parts.append(f"{shown} misses {wanted} by {excess:.2g} of it" if excess else f"{shown} meets {wanted}")
+            parts.append(f"{shown} misses {wanted} by {100 * excess:.2g}%" if excess else f"{shown} meets {wanted}")
         return (
             "each term can be met alone, but no point was found that meets all: the nearest has "
             f"{', '.join(parts)} ({self._described(best)})"
@@ -227,7 +248,8 @@ class Repair:
         """The decisions outside of layers, and how many layers there are."""
         program = self.space.program
         around = [f"{name}={point[name]}" for name in self._outside if name in point and name not in program.lengths]
-        count = len(self._first.layout(point).units)
+        figures = self._first.figures(point)
+        count = figures["depth"] if figures else 0
         return ", ".join([*around[:4], f"{count} layer{'s' * (count != 1)}"])
 
     def _sizes(self, point: Mapping[str, Value]) -> list[str]:
@@ -261,7 +283,27 @@ class Repair:
                         break
                 if len(self._anchors) == MAX_ANCHORS or len(self._tried) > MAX_DESCENTS:
                     break
+            if not self._separable():
+                walked = [self._wandered(self.space.sample(rng), frozenset(), rng) for _ in range(WALKS)]
+                self._anchors += [point for point in walked if self.feasible(point)]
         return self._anchors
+
+    def _separable(self) -> bool:
+        return all(table.separable for table in self.tables.values())
+
+    def _wandered(self, point: Point, kept: frozenset[str], rng: random.Random) -> Point:
+        """Where a random walk of single changes ends that never goes further away from the budget."""
+        violation = self.violation(point)
+        for _ in range(STRIDES):
+            if violation == 0:
+                break
+            tried = self.space.mutate(point, rng)
+            if any(name in tried and tried[name] != point.get(name) for name in kept & point.keys()):
+                continue
+            after = self.violation(tried)
+            if after <= violation:
+                point, violation = tried, after
+        return point
 
     def _within_reach(self, board: Board) -> bool:
         """Whether each term alone might be met by the layers of a board."""
@@ -349,6 +391,18 @@ class Repair:
         ]
         outside = {name: value for name, value in point.items() if name in self._outside}
         return self._evaluated(State(outside, board, picks, np.zeros(0), 0.0))
+
+    def _beside(self, point: Point, kept: frozenset[str], rng: random.Random) -> State | None:
+        """The nearest to the budget of the states that one decision outside of layers makes of an invalid point."""
+        found: list[State] = []
+        for name in self._outside:
+            if name in point and name not in kept:
+                for value in _spread(self.space.program.decisions[name], point[name]):
+                    state = self._state(self.space.normalised({**point, name: value}))
+                    if state is not None:
+                        found.append(state)
+        rng.shuffle(found)
+        return min(found, key=lambda state: state.violation, default=None)
 
     def _pick(self, options: Options, setting: Setting) -> int:
         """The index of a setting, or of the first of those that have most of its values."""
@@ -494,36 +548,45 @@ class Repair:
         """The state with one decision outside of layers changed; layers keep their settings where they can."""
         outside = {**state.outside, name: value}
         key = tuple(map(outside.get, self._outside))
-        if key not in self._boards:
-            completed = self.space.complete({**self._point(state), name: value}, rng)
-            outside = {name: value for name, value in completed.items() if name in self._outside}
-            self._boards[key] = self._board(completed)
-        board = self._boards[key]
+        if key not in self._moves:
+            completed = self.space.normalised({**self._point(state), name: value})
+            opened = {name: completed[name] for name in self._outside if name in completed and name not in outside}
+            self._moves[key] = opened, self._board(completed)
+        opened, board = self._moves[key]
         if board is None:
             return None
-        carry = self._carried(state.board, board)
         picks = [
-            int(rng.random() * many) if source is None else there[state.picks[source]] for source, there, many in carry
+            there[state.picks[rng.choice(sources)]] if sources else int(rng.random() * many)
+            for sources, there, many in self._carried(state.board, board)
         ]
-        return self._evaluated(State(outside, board, picks, state.values, 0.0))
+        return self._evaluated(State(outside | opened, board, picks, state.values, 0.0))
 
-    def _carried(self, old: Board, new: Board) -> list[tuple[int | None, list[int], int]]:
-        """For each layer of a board its position on another, its options there by those here, and how many it has."""
+    def _carried(self, old: Board, new: Board) -> list[tuple[list[int], list[int], int]]:
+        """For each layer of a board where it takes its setting from, its options by those there, and how many it has.
+
+        A layer that is on both takes its own; one that is new any of those of its part, so that what is proposed for
+        the others goes on in it.
+        """
         key = id(old), id(new)
         if key not in self._carries:
             positions = {unit.name: position for position, unit in enumerate(old.units)}
+            alike: dict[int, list[int]] = {}
+            for position, unit in enumerate(old.units):
+                alike.setdefault(id(unit.part), []).append(position)
             maps: dict[tuple[int, int], list[int]] = {}
-            carry: list[tuple[int | None, list[int], int]] = []
+            carry: list[tuple[list[int], list[int], int]] = []
             for unit, kind in zip(new.units, new.kind_of, strict=True):
-                options, source = new.kinds[kind].options, positions.get(unit.name)
-                if source is None:
-                    carry.append((None, [], len(options)))
+                options = new.kinds[kind].options
+                sources = [positions[unit.name]] if unit.name in positions else alike.get(id(unit.part), [])
+                if not sources:
+                    carry.append(([], [], len(options)))
                     continue
-                before = old.kinds[old.kind_of[source]].options
+                before = old.kinds[old.kind_of[sources[0]]].options
+                sources = [source for source in sources if old.kinds[old.kind_of[source]].options is before]
                 pair = id(before), id(options)
                 if pair not in maps:
                     maps[pair] = [self._pick(options, setting) for setting in before.settings]
-                carry.append((source, maps[pair], len(options)))
+                carry.append((sources, maps[pair], len(options)))
             self._carries[key] = carry
         return self._carries[key]
 
@@ -569,7 +632,7 @@ class Repair:
             return None
         state = self._restored(state, proposal)
         found = self.space.normalised(self._point(state))
-        if any(name in proposal and found.get(name) != proposal[name] for name in kept):
+        if any(name in proposal and name in found and found[name] != proposal[name] for name in kept):
             return None
         return found if self.feasible(found) else None
 

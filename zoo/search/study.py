@@ -458,7 +458,7 @@ class _Search:
         pruned = False
         running = None
         if self.twin is not None and self.settings.pruner != "none":
-            running = self.twin.asked or self.twin.ask(candidate.number)
+            running = self._stand_in(self.twin, candidate.number)
 
         def report(step: int, value: float) -> None:
             nonlocal pruned
@@ -479,6 +479,16 @@ class _Search:
             return replace(trial, status="pruned", metrics=metrics, history=history)
         return self._complete(trial, metrics, found, history)
 
+    def _stand_in(self, twin: Twin, number: int) -> Any:
+        """The twin's trial for the candidate in hand.
+
+        For one that no sampler proposed, such as a baseline, the sampler is asked all the same, so that it notes on it
+        what it notes on every trial.
+        """
+        if twin.asked is None and isinstance(self.proposer, OptunaProposer):
+            next(self.proposer.stream(number))
+        return twin.asked or twin.ask(number)
+
     def _complete(self, trial: Trial, metrics: dict[str, float], found: Evaluation, history: dict[int, float]) -> Trial:
         values = []
         for objective in self.objectives:
@@ -493,9 +503,10 @@ class _Search:
         return replace(trial, status="complete", values=tuple(values), metrics=metrics, history=history)
 
     def _record(self, trial: Trial) -> None:
-        if self.twin is not None and self.twin.asked is None:
-            self.twin.ask(trial.number)
-        notes = self.twin.notes() if self.twin is not None else {}
+        notes = {}
+        if self.twin is not None:
+            self._stand_in(self.twin, trial.number)
+            notes = self.twin.notes()
         trial.seconds["write"] = self.ledger.write_seconds + self.writer.seconds
         self.ledger.write_seconds = self.writer.seconds = 0.0
         self.ledger.record(trial, self.codec, len(self.objectives), notes)

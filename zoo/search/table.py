@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice, takewhile
 from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,8 @@ MAX_OPTIONS = 256
 """Settings of a layer up to which all are looked at; beyond, that many and the extremes that a descent finds."""
 MAX_ASSIGNMENTS = 256
 """Assignments of the decisions outside of layers up to which all of them are looked at; beyond, that many."""
+DRAWS = 64
+"""Points that are drawn to find an extreme where layers cannot be told apart."""
 SURVEYS = 4
 """How many points are drawn to find a valid one with the same surroundings."""
 MAX_ROWS = 200_000
@@ -332,7 +334,7 @@ class CostTable:
         values = {unit.decisions[index].name: value for index, value in setting}
         decisions = self.space.program.decisions
 
-        def choose(hole: Any, path: str) -> Any:
+        def choose(hole: Any, path: str) -> Any:  # noqa: ARG001
             return values[path] if path in values else point.get(path, decisions[path].first)
 
         filling = Filling(self.space.template, choose)
@@ -395,7 +397,8 @@ class CostTable:
     def range_of(self, metric: str) -> tuple[float, float]:
         """The smallest and the largest value of a metric that a point of the space reaches.
 
-        Exact as long as `MAX_OPTIONS` and `MAX_ASSIGNMENTS` are not exceeded; a `ZooError` if no point is valid.
+        Exact as long as `MAX_OPTIONS` and `MAX_ASSIGNMENTS` are not exceeded and layers can be told apart; a `ZooError`
+        if no point is valid.
         """
         return self.extreme(metric)[0], self.extreme(metric, largest=True)[0]
 
@@ -403,7 +406,9 @@ class CostTable:
         """The smallest or the largest value of a metric, and a point that has it."""
         sign = -1 if largest else 1
         best: tuple[float, Point] | None = None
-        for point in self.assignments():
+        rng = random.Random(0)
+        drawn = (self.space.sample(rng) for _ in range(DRAWS))
+        for point in chain(self.assignments(), takewhile(lambda _: not self.separable, drawn)):
             found = self._extreme(metric, point, largest)
             if found is not None and (best is None or sign * found[0] < sign * best[0]):
                 best = found

@@ -7,7 +7,7 @@ from typing import Any
 
 from zoo.component import Component, Scope, Slot, slots
 from zoo.errors import Problem, SpecError, ZooError, nearest
-from zoo.registry import Role, find, types
+from zoo.registry import Role, find, types, with_article
 from zoo.spec.source import shortened
 from zoo.spec.tree import BROKEN, Tree, walk
 
@@ -104,7 +104,7 @@ class _Maker:
             place = fields.pop("type", node)
             name = slot.default if place is node else place.value
         else:
-            message = f"expected a {slot.role}: a type name or a mapping with a `type`; got {said(node)}"
+            message = f"expected {with_article(slot.role)}: a type name or a mapping with a `type`; got {said(node)}"
             self._note(path, message, node)
             return None
         if name is BROKEN:

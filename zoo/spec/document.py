@@ -265,6 +265,8 @@ def _periods(items: list[Any], start: int) -> Iterator[tuple[int, int]]:
     rest = len(items) - start
     yield 1, 1
     for period in range(1, rest // 2 + 1):
+        if items[start] != items[start + period]:
+            continue
         times = 1
         while items[start : start + period] == items[start + period * times : start + period * (times + 1)]:
             times += 1
