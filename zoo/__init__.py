@@ -68,7 +68,7 @@ try:
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

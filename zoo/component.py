@@ -81,7 +81,8 @@ class Slot:
         """The component that a value stands for: itself, a type's name, or a mapping with a type and fields."""
         if isinstance(value, Component):
             if value.role is not self.role:
-                raise ZooError(f"{value.type!r} is {with_article(value.role)}, but {with_article(self.role)} is expected here")
+                found, wanted = with_article(value.role), with_article(self.role)
+                raise ZooError(f"{value.type!r} is {found}, but {wanted} is expected here")
             return value
         if isinstance(value, str):
             return find(self.role, value)()
@@ -91,7 +92,8 @@ class Slot:
             if not isinstance(name, str):
                 raise ZooError(f"{with_article(self.role)} needs a `type`; known: {', '.join(types(self.role))}")
             return find(self.role, name)(**fields)
-        raise ZooError(f"expected {with_article(self.role)}: a type name or a mapping with a `type`; got {_shown(value)}")
+        wanted = with_article(self.role)
+        raise ZooError(f"expected {wanted}: a type name or a mapping with a `type`; got {_shown(value)}")
 
 
 @cache

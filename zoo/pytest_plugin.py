@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in config.getoption("--zoo-specs"):
+    for name in config.getoption("--zoo-specs") or []:
         if not Path(name).exists():
             raise pytest.UsageError(f"--zoo-specs: no such file or folder: {name}")
         config.args.append(name)
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     if file_path.suffix not in (".yaml", ".yml"):
         return None
-    wanted = [Path(name).resolve() for name in parent.config.getoption("--zoo-specs")]
+    wanted = [Path(name).resolve() for name in parent.config.getoption("--zoo-specs") or []]
     if any(file_path.resolve().is_relative_to(folder) for folder in wanted):
         return SpecFile.from_parent(parent, path=file_path)
     return None

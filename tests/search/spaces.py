@@ -77,6 +77,16 @@ head: language_model
 """
 
 
+RESIDUALS = """
+width: 32
+context: 16
+stem: {type: token, vocab: 64}
+head: language_model
+body: {layers: {repeat: {int: [1, 2]}, of: {channel: mlp, residual: {choice: [pre, post]}}}}
+"""
+"""A stack has a norm at its end unless all layers normalise the stream: layers decide about what follows them."""
+
+
 def hybrid() -> Space:
     return Space.parse(HYBRID.read_text(), "hybrid.yaml")
 
@@ -84,7 +94,7 @@ def hybrid() -> Space:
 @cache
 def real() -> dict[str, Space]:
     """Spaces of every shape that real files have, by name."""
-    texts = {"stages": STAGES, "shared": SHARED, "everything": EVERYTHING}
+    texts = {"stages": STAGES, "shared": SHARED, "everything": EVERYTHING, "residuals": RESIDUALS}
     return {"hybrid": hybrid(), **{name: Space.parse(text, f"{name}.yaml") for name, text in texts.items()}}
 
 

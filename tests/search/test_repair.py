@@ -69,6 +69,18 @@ def test_invalid_combinations_are_repaired(name: str) -> None:
         space.spec_at(found)
 
 
+def test_bounds_that_hang_on_what_follows_the_layers() -> None:
+    space, rng = spaces.real()["residuals"], random.Random(0)
+    costs = CostTable(space, Workload())
+    every = list(spaces.points(space))
+    for bound in {(costs.figures(point) or {})["params"] for point in every}:
+        fix = Repair(space, {Workload(): costs}, Budget.parse(f"params<={bound}"))
+        assert fix.infeasible() is None
+        for point in every:
+            found = fix(point, rng)
+            assert found is not None and (costs.figures(found) or {})["params"] <= bound
+
+
 def test_a_shared_choice_that_fits_nowhere_is_all_that_changes() -> None:
     space = spaces.real()["shared"]
     fix, rng = Repair(space, {}, Budget()), random.Random(0)

@@ -270,3 +270,12 @@ def test_a_spec_is_a_space_of_one_point() -> None:
     assert (space.size(), space.decisions, space.first(), space.homogeneous()) == (1, (), {}, {})
     assert space.point_of(space.spec_at({})) == {}
     assert space.mutate({}, random.Random(0)) == {}
+
+
+def test_wide_ranges_are_never_written_out() -> None:
+    layers = "    repeat: 2\n    of: {channel: {type: mlp, hidden: {int: [1, 1_000_000]}}}\n"
+    space = Space.parse(LANGUAGE_MODEL + layers)
+    assert space.size() == 2 * 10**12
+    point = valid_points(space, 1)[0]
+    assert space.point_of(space.spec_at(point)) == point
+    space.validate()

@@ -25,15 +25,6 @@ SHIPPED = [name for name in spec_names() if load_space(name).decisions]
 WORKLOADS = [Workload(), Workload(batch=3, seq=12, past=40, dtype="bfloat16")]
 COUNTED = [metric.name for metric in METRICS.values() if not metric.needs_measurement]
 
-RESIDUALS = """
-width: 32
-context: 16
-stem: {type: token, vocab: 64}
-head: language_model
-body: {layers: {repeat: {int: [1, 2]}, of: {channel: mlp, residual: {choice: [pre, post]}}}}
-"""
-"""A stack has a norm at its end unless all layers normalise the stream: layers decide about what follows them."""
-
 
 def counted(space: Space, point: Point, work: Workload) -> dict[str, Any] | None:
     """The figures of a whole spec, None if it is invalid."""
@@ -64,7 +55,7 @@ def test_figures_all_over_a_space() -> None:
 
 
 def test_layers_that_decide_about_what_follows_them() -> None:
-    space = Space.parse(RESIDUALS)
+    space = spaces.real()["residuals"]
     costs = CostTable(space, Workload())
     found = {tuple(point.values()): costs.figures(point) for point in spaces.points(space)}
     for point in spaces.points(space):

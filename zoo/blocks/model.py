@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -60,7 +60,7 @@ class Spec(Component):
     """
 
     transparent: ClassVar[bool] = True
-    zoo: Annotated[int, Field(ge=1, le=1)] = 1
+    zoo: Literal[1] = 1
     """Version of the spec language."""
     name: str | None = None
     """What the architecture is called."""

@@ -320,7 +320,7 @@ class _Matcher:
                 )
             return
         if decision.kind == "int":
-            yield from decision.values()[:MAX_ALTERNATIVES]
+            yield from islice(decision.values(), MAX_ALTERNATIVES)
             return
         sizes = [getattr(holder, field) for field in type(holder).model_fields] if holder is not None else []
         numbers = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
@@ -351,7 +351,7 @@ def agreement(tree: Tree, target: Any) -> int:
             return PERHAPS if target is None else NO
         return min((agreement(item, other) for item, other in zip(value, target, strict=True)), default=YES)
     if value is None or target is None:
-        return YES if value is target else NO
+        return YES if value is target else PERHAPS
     return YES if value == target and isinstance(value, bool) == isinstance(target, bool) else NO
 
 

@@ -105,7 +105,7 @@ class Meter:
         spec: Spec,
         rng: random.Random,
         usable: Callable[[Point], bool],
-        measuring: Callable[[Point], None] = lambda point: None,  # noqa: ARG005
+        measuring: Callable[[Point], None],
         keep: Collection[str] = (),
     ) -> Fitted:
         """Measure a point that meets what can be counted; while it is too slow, shrink it and measure again.

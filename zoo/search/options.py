@@ -16,13 +16,17 @@ Floats = NDArray[np.float64]
 class Options:
     """The valid settings of a layer where it stands, with what each adds.
 
-    sums: `[settings, figures]`, what adds up over layers. peaks: `[settings]`.
+    sums: `[settings, figures]`, what adds up over layers. peaks: `[settings]`. forms: a bit for each setting that
+    stands for its form. decisions: how many the layer has.
     """
 
-    def __init__(self, settings: Sequence[Setting], sums: Floats, peaks: Floats, decisions: int) -> None:
+    def __init__(
+        self, settings: Sequence[Setting], sums: Floats, peaks: Floats, forms: Sequence[int], decisions: int
+    ) -> None:
         self.settings = list(settings)
         self.sums = sums
         self.peaks = peaks
+        self.forms = list(forms)
         self.decisions = decisions
 
     def __len__(self) -> int:
@@ -32,6 +36,10 @@ class Options:
     def index(self) -> dict[Setting, int]:
         """Where each setting stands."""
         return {setting: number for number, setting in enumerate(self.settings)}
+
+    def of_form(self, form: int | None) -> NDArray[np.int64]:
+        """Indices of the settings of one form; of all for None."""
+        return np.array([index for index, each in enumerate(self.forms) if form in (None, each)], dtype=np.int64)
 
     @cached_property
     def codes(self) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -60,13 +60,23 @@ class Decision:
             return len(self.labels)
         return (int(self.high) - int(self.low)) // self.step + 1 if self.kind == "int" else None
 
-    def values(self) -> tuple[Value, ...]:
+    def values(self) -> Sequence[Value]:
         """Every value; for a range of real numbers its ends and its middle."""
         if self.kind == "choice":
             return self.labels
         if self.kind == "int":
-            return tuple(range(int(self.low), int(self.high) + 1, self.step))
+            return range(int(self.low), int(self.high) + 1, self.step)
         return tuple(dict.fromkeys((self.low, self.middle, self.high)))
+
+    def spread(self, most: int) -> list[Value]:
+        """Every value; of more than `most`, and of real numbers, that many from the first to the last."""
+        if self.kind == "float":
+            found = [self.number(self.low + (self.high - self.low) * index / (most - 1)) for index in range(most)]
+            return list(dict.fromkeys(found))
+        values = self.values()
+        if len(values) <= most:
+            return list(values)
+        return [values[index * (len(values) - 1) // (most - 1)] for index in range(most)]
 
     @property
     def first(self) -> Value:
@@ -549,7 +559,9 @@ def _alike(a: Part, b: Part) -> bool:
             for x, y in zip(a.items, b.items, strict=True)
         )
     if isinstance(a, Hole) and isinstance(b, Hole):
-        mine, theirs = ((h.kind, h.labels(), h.low, h.high, h.step, h.log, h.name) for h in (a, b))
+        mine, theirs = (
+            (h.kind, [option.label for option in h.options], h.low, h.high, h.step, h.log, h.name) for h in (a, b)
+        )
         return repr(mine) == repr(theirs) and all(
             _alike(x.part, y.part) for x, y in zip(a.options, b.options, strict=True)
         )

@@ -21,6 +21,8 @@ import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +33,7 @@ from zoo.quantity import format_quantity
 from zoo.search.budget import Budget, Term
 from zoo.search.options import Floats, Options
 from zoo.search.program import Decision, Point, Setting, Unit, Value
-from zoo.search.table import CostTable, linear
+from zoo.search.table import CostTable, alternatives, linear
 
 if TYPE_CHECKING:
     from zoo.search.space import Space
@@ -83,15 +85,17 @@ class Kind:
 class Board:
     """The layers under one assignment of the decisions outside of them.
 
-    kind_of: for each layer the number of its kind. base, floor: what stands around the layers adds to each term, and
-    its peak.
+    kind_of: for each layer the number of its kind. spans: the first layer of each list and the one behind its last.
+    forms: which forms layers may have, if there are several. frames: what stands around the layers adds to each term,
+    and its peak, for the forms that occur in each list.
     """
 
     units: tuple[Unit, ...]
     kinds: list[Kind]
     kind_of: list[int]
-    base: Floats
-    floor: Floats
+    spans: tuple[tuple[int, int], ...]
+    forms: list[int | None]
+    frames: dict[tuple[int, ...], tuple[Floats, Floats]]
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +105,8 @@ class State:
     outside: Point
     board: Board
     picks: list[int]
+    base: Floats
+    floor: Floats
     values: Floats
     violation: float
 
@@ -305,10 +311,12 @@ class Repair:
                 point, violation = tried, after
         return point
 
-    def _within_reach(self, board: Board) -> bool:
+    def _within_reach(self, board: Board, point: Point) -> bool:
         """Whether each term alone might be met by the layers of a board."""
-        low, high = board.base.copy(), board.base.copy()
-        least, most = board.floor.copy(), board.floor.copy()
+        if len(board.forms) > 1:
+            return True
+        base, floor = self._frame(board, [0] * len(board.units), point)
+        low, high, least, most = base.copy(), base.copy(), floor, floor
         for kind in board.kinds:
             low += kind.values.min(axis=0) * len(kind.members)
             high += kind.values.max(axis=0) * len(kind.members)
@@ -321,17 +329,21 @@ class Repair:
         """States under one assignment of the decisions outside of layers: the extremes of each term, then any."""
         outside = {name: value for name, value in point.items() if name in self._outside}
         board = self._board(point)
-        if board is None or not self._within_reach(board):
+        if board is None or not self._within_reach(board, point):
             return
         drawn: list[list[int]] = []
         for number, term in enumerate(self.terms):
             for sign in [1] * (term.high < math.inf) + [-1] * (term.low > 0):
-                best = [int(np.argmin(sign * (kind.values[:, number] + kind.peaks[:, number]))) for kind in board.kinds]
-                drawn.append([best[kind] for kind in board.kind_of])
+                for form in board.forms:
+                    kept = [kind.options.of_form(form) for kind in board.kinds]
+                    if all(map(len, kept)):
+                        scores = [sign * (kind.values + kind.peaks)[:, number] for kind in board.kinds]
+                        best = [int(keep[np.argmin(score[keep])]) for keep, score in zip(kept, scores, strict=True)]
+                        drawn.append([best[kind] for kind in board.kind_of])
         while len(drawn) < STARTS:
             drawn.append([rng.randrange(len(board.kinds[kind].options)) for kind in board.kind_of])
         for picks in drawn:
-            yield self._evaluated(State(outside, board, picks, np.zeros(0), 0.0))
+            yield self._at(outside, board, picks)
 
     def _board(self, point: Mapping[str, Value]) -> Board | None:
         """The layers under the decisions outside of them that a point has; None if nothing valid is there."""
@@ -356,14 +368,25 @@ class Repair:
                 kinds[id(options)] = Kind([], options, values, peaks, bool(peaks.any()))
             kinds[id(options)].members.append(position)
             kind_of.append(list(kinds).index(id(options)))
-        base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
-        for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
-            around = layouts[table.work].surroundings
-            weights, peak = linear(term.metric, around.work)
-            rows = [row for before in next(iter(around.frames.values())) for row in before]
-            base[number] = sum(float(weights @ np.array(row.sums)) for row in rows)
-            floor[number] = peak * max((row.peak for row in rows), default=0.0)
-        return Board(units, list(kinds.values()), kind_of, base, floor)
+        spans = layouts[self._first.work].spans
+        return Board(units, [*kinds.values()], kind_of, spans, alternatives([k.options for k in kinds.values()]), {})
+
+    def _frame(self, board: Board, picks: list[int], outside: Point) -> tuple[Floats, Floats]:
+        """What stands around the layers adds to each term, and its peak: that hangs on the forms of the layers."""
+        key: tuple[int, ...] = ()
+        if len(board.forms) > 1:
+            bits = [board.kinds[kind].options.forms[pick] for kind, pick in zip(board.kind_of, picks, strict=True)]
+            key = tuple(reduce(or_, bits[start:stop], 0) for start, stop in board.spans)
+        if key not in board.frames:
+            point = self.space.normalised(self._placed(board, picks, outside))
+            base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
+            for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
+                rows = [row for before in table.frame(point) for row in before]
+                weights, peak = linear(term.metric, table.layout(point).surroundings.work)
+                base[number] = sum(float(weights @ np.array(row.sums)) for row in rows)
+                floor[number] = peak * max((row.peak for row in rows), default=0.0)
+            board.frames[key] = base, floor
+        return board.frames[key]
 
     def _offered(self, unit: Unit, point: Mapping[str, Value], options: Options) -> tuple[Floats, Floats]:
         """What each setting of a layer adds to each term, and its peak, `[settings, terms]`."""
@@ -390,7 +413,7 @@ class Repair:
             for unit, kind in zip(board.units, board.kind_of, strict=True)
         ]
         outside = {name: value for name, value in point.items() if name in self._outside}
-        return self._evaluated(State(outside, board, picks, np.zeros(0), 0.0))
+        return self._at(outside, board, picks)
 
     def _beside(self, point: Point, kept: frozenset[str], rng: random.Random) -> State | None:
         """The nearest to the budget of the states that one decision outside of layers makes of an invalid point."""
@@ -412,17 +435,17 @@ class Repair:
         wanted = set(setting)
         return int(np.argmax([len(wanted & set(other)) for other in options.settings]))
 
-    def _evaluated(self, state: State) -> State:
-        board = state.board
-        values, peaks = board.base.copy(), board.floor.copy()
+    def _at(self, outside: Point, board: Board, picks: list[int]) -> State:
+        """The state in which each layer has the option picked for it."""
+        base, floor = self._frame(board, picks, outside)
+        values, peaks = base.copy(), floor
         for kind in board.kinds:
-            picked = [state.picks[position] for position in kind.members]
+            picked = [picks[position] for position in kind.members]
             values += np.add.reduce(kind.values.take(picked, axis=0))
             if kind.has_peaks:
                 peaks = np.maximum(peaks, np.maximum.reduce(kind.peaks.take(picked, axis=0)))
-        state.values = values + peaks
-        state.violation = float(self._violations(state.values))
-        return state
+        values += peaks
+        return State(outside, board, picks, base, floor, values, float(self._violations(values)))
 
     def _violations(self, values: Floats) -> Floats:
         """Violation of all terms together, for an array of values whose last axis is the terms."""
@@ -451,7 +474,7 @@ class Repair:
                 state, look_outside = around[1], outside
                 continue
             look_outside = False
-            better = self._taken(state, inside) if inside else self._best_pair(state, kept, rng)
+            better = (self._taken(state, inside) if inside else None) or self._best_pair(state, kept, rng)
             if better is None:
                 break
             state = better
@@ -467,7 +490,7 @@ class Repair:
                 distinct, rest, alike = current, rests[kind.members], np.arange(len(current))
             else:
                 distinct, alike = np.unique(current, return_inverse=True)
-                rest = np.broadcast_to(state.board.floor, (len(distinct), len(self.terms)))
+                rest = np.broadcast_to(state.floor, (len(distinct), len(self.terms)))
             after = (total - kind.values[distinct])[:, None] + kind.values + np.maximum(rest[:, None], kind.peaks)
             gain = (state.violation - self._violations(after)) / np.maximum(kind.options.distances[distinct], 1)
             if kept:
@@ -482,7 +505,7 @@ class Repair:
         rng.shuffle(found)
         return sorted(found, key=lambda change: -change.score)
 
-    def _taken(self, state: State, changes: Sequence[Change]) -> State:
+    def _taken(self, state: State, changes: Sequence[Change]) -> State | None:
         """The state after the best change, or after as many of those nearly as good as it takes to meet the budget."""
         good = [change for change in changes if change.score >= changes[0].score * NEARLY_AS_GOOD]
         deltas = [kind.values[pick] - kind.values[state.picks[position]] for _, position, kind, pick in good]
@@ -491,17 +514,17 @@ class Repair:
             picks = list(state.picks)
             for change in good[:count]:
                 picks[change.position] = change.pick
-            found = self._evaluated(State(state.outside, state.board, picks, state.values, 0.0))
+            found = self._at(state.outside, state.board, picks)
             if found.violation < state.violation:
-                break
-        return found
+                return found
+        return None
 
     def _rests(self, state: State) -> tuple[Floats, Floats]:
         """The values without peaks, and for each layer the largest peak of everything else."""
         board = state.board
-        total = board.base.copy()
+        total = state.base.copy()
         peaks = np.zeros((len(board.units) + 1, len(self.terms)))
-        peaks[-1] = board.floor
+        peaks[-1] = state.floor
         for kind in board.kinds:
             picked = [state.picks[position] for position in kind.members]
             total += kind.values[picked].sum(axis=0)
@@ -559,7 +582,7 @@ class Repair:
             there[state.picks[rng.choice(sources)]] if sources else int(rng.random() * many)
             for sources, there, many in self._carried(state.board, board)
         ]
-        return self._evaluated(State(outside | opened, board, picks, state.values, 0.0))
+        return self._at(outside | opened, board, picks)
 
     def _carried(self, old: Board, new: Board) -> list[tuple[list[int], list[int], int]]:
         """For each layer of a board where it takes its setting from, its options by those there, and how many it has.
@@ -614,15 +637,18 @@ class Repair:
             picks = list(state.picks)
             for chosen in (first[index], second[index]):
                 picks[int(owner[chosen])] = int(chosen - starts[owner[chosen]])
-            found = self._evaluated(State(state.outside, board, picks, state.values, 0.0))
+            found = self._at(state.outside, board, picks)
             if found.violation < state.violation:
                 return found
         return None
 
     def _point(self, state: State) -> Point:
-        point = dict(state.outside)
-        for unit, kind, pick in zip(state.board.units, state.board.kind_of, state.picks, strict=True):
-            for slot, value in state.board.kinds[kind].options.settings[pick]:
+        return self._placed(state.board, state.picks, state.outside)
+
+    def _placed(self, board: Board, picks: list[int], outside: Point) -> Point:
+        point = dict(outside)
+        for unit, kind, pick in zip(board.units, board.kind_of, picks, strict=True):
+            for slot, value in board.kinds[kind].options.settings[pick]:
                 point[unit.decisions[slot].name] = value
         return point
 
@@ -648,7 +674,7 @@ class Repair:
                 if pick is not None and pick != state.picks[position]:
                     picks = list(state.picks)
                     picks[position] = pick
-                    tried = self._evaluated(State(state.outside, state.board, picks, state.values, 0.0))
+                    tried = self._at(state.outside, state.board, picks)
                     if tried.violation == 0:
                         state = tried
         return state
@@ -668,15 +694,8 @@ def _disturbance(a: Mapping[str, Value], b: Mapping[str, Value]) -> int:
 
 
 def _spread(decision: Decision, value: Value) -> list[Value]:
-    """The other values of a decision; of many, some that are spread evenly."""
-    if decision.kind != "float" and (decision.count or 0) <= MAX_VALUES:
-        found = decision.values()
-    elif decision.kind == "choice":
-        found = decision.labels[:: -(-len(decision.labels) // MAX_VALUES)]
-    else:
-        step = (decision.high - decision.low) / (MAX_VALUES - 1)
-        found = tuple(decision.number(decision.low + step * index) for index in range(MAX_VALUES))
-    return [other for other in found if other != value or type(other) is not type(value)]
+    """Other values of a decision."""
+    return [other for other in decision.spread(MAX_VALUES) if other != value or type(other) is not type(value)]
 
 
 def _rounded(value: float, *, up: bool) -> float:

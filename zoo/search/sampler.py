@@ -36,8 +36,8 @@ PRUNERS = {
 
 RANDOM_SHARE = 0.1
 """Share of evolution's proposals that are drawn anew."""
-TOURNAMENT_SHARE = 0.2
-"""Share of all trials among which the best becomes a parent."""
+TOURNAMENT_SHARE = 0.5
+"""Share of all trials among which the best becomes a parent: high, since evaluations are few."""
 POPULATION = 20
 """Trials of a generation of NSGA-II: small, since an evaluation here is a training run."""
 ASKS = 4
@@ -60,10 +60,10 @@ def generator(seed: int, number: int, purpose: str) -> random.Random:
 class Evolution:
     """Steady-state evolution on the non-dominated order.
 
-    A parent wins a tournament among a random fifth of the complete trials: fewest trials dominate it (Fonseca and
-    Fleming 1993), chance decides between equals. Half of the children mix two parents, all are mutated; one in ten is
-    a random point instead. Changes become more as the stream goes on, so that it leaves a neighbourhood that is used
-    up.
+    A parent wins a tournament among a random half of the complete trials: fewest trials dominate it (Fonseca and
+    Fleming 1993), chance decides between equals. Half of the children mix two parents, all are changed in one place;
+    one in ten is a random point instead. Changes become more as the stream goes on, so that it leaves a neighbourhood
+    that is used up.
     """
 
     def __init__(self, space: Space, archive: Archive, seed: int) -> None:
@@ -84,14 +84,12 @@ class Evolution:
         child = self._parent(rng)
         if rng.random() < 0.5:
             child = self.space.cross(child, self._parent(rng), rng)
-        while rng.random() < 0.5:
-            changes += 1
         return self.space.mutate(child, rng, changes)
 
     def _parent(self, rng: random.Random) -> Point:
         count = len(self.archive)
         entrants = rng.sample(range(count), min(count, max(2, int(count * TOURNAMENT_SHARE))))
-        return self.archive.trials[min(entrants, key=self.archive.beaten.item)].point
+        return self.archive.trials[entrants[self.archive.beaten[entrants].argmin()]].point
 
 
 class RandomDraws:

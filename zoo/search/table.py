@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice, takewhile
@@ -39,6 +39,8 @@ SUMS = tuple(item.name for item in fields(Tally))[:-1]
 """What adds up; of the last field of a tally, `peak`, the largest counts."""
 MAX_OPTIONS = 256
 """Settings of a layer up to which all are looked at; beyond, that many and the extremes that a descent finds."""
+MAX_VALUES = 24
+"""Values of one decision that a descent looks at, spread evenly."""
 MAX_ASSIGNMENTS = 256
 """Assignments of the decisions outside of layers up to which all of them are looked at; beyond, that many."""
 DRAWS = 64
@@ -265,7 +267,9 @@ class CostTable:
                     rows[setting] = row
             sums = np.array([row.sums for row in rows.values()], dtype=float).reshape(len(rows), len(SUMS))
             peaks = np.array([row.peak for row in rows.values()], dtype=float)
-            known = self._options[id(root)] = Options(list(rows), sums, peaks, len(unit.decisions))
+            known = self._options[id(root)] = Options(
+                list(rows), sums, peaks, [row.form for row in rows.values()], len(unit.decisions)
+            )
         return known
 
     def _settings(self, unit: Unit, point: Mapping[str, Value], layout: Layout) -> Iterator[Setting]:
@@ -286,7 +290,7 @@ class CostTable:
         values: Point = {}
         for decision in unit.decisions:
             weighed: list[tuple[float, int, Value]] = []
-            for number, value in enumerate(decision.values()[:MAX_OPTIONS]):
+            for number, value in enumerate(decision.spread(MAX_VALUES)):
                 tried = {**values, decision.name: value}
                 setting = unit.complete(program, point, lambda other, t=tried: t.get(other.name, other.first))
                 row = self.row(unit, setting, point, layout)
@@ -450,21 +454,33 @@ class CostTable:
         if not self.separable or not self.surveyed(point):
             return None if figures is None else (figures[metric], point)
         weights, peak = linear(metric, layout.surroundings.work)
-        frame = next(iter(layout.surroundings.frames.values()))
-        rows = [row for before in frame for row in before]
-        parts: list[tuple[Floats, Floats]] = []
         options = [self.options(unit, point, layout) for unit in layout.units]
-        if any(len(each) == 0 for each in options):
-            return None
-        parts = [(each.sums @ weights, each.peaks * peak) for each in options]
-        floor = peak * max((row.peak for row in rows), default=0.0)
-        _, picks = (largest_sum if largest else smallest_sum)(parts, floor)
-        changed = dict(point)
-        for unit, each, pick in zip(layout.units, options, picks, strict=True):
-            changed |= {unit.decisions[slot].name: value for slot, value in each.settings[pick]}
-        changed = self.space.normalised(changed)
-        figures = self.figures(changed)
-        return None if figures is None else (figures[metric], changed)
+        sign = -1 if largest else 1
+        best: tuple[float, Point] | None = None
+        for form in alternatives(options):
+            kept = [each.of_form(form) for each in options]
+            if all(map(len, kept)):
+                parts = [(o.sums[keep] @ weights, o.peaks[keep] * peak) for o, keep in zip(options, kept, strict=True)]
+                _, picks = (largest_sum if largest else smallest_sum)(parts, self._floor(layout) * peak)
+                changed = dict(point)
+                for unit, each, keep, pick in zip(layout.units, options, kept, picks, strict=True):
+                    changed |= {unit.decisions[slot].name: value for slot, value in each.settings[keep[pick]]}
+                changed = self.space.normalised(changed)
+                figures = self.figures(changed)
+                if figures is not None and (best is None or sign * figures[metric] < sign * best[0]):
+                    best = figures[metric], changed
+        return best
+
+    def frame(self, point: Mapping[str, Value]) -> tuple[tuple[Row, ...], ...]:
+        """What stands in front of, between and behind the lists of layers of a valid point; nothing for another."""
+        layout = self.layout(point)
+        rows = self.rows(point, layout)
+        return () if rows is None else layout.surroundings.frames[forms(rows, layout.spans)]
+
+    def _floor(self, layout: Layout) -> float:
+        """The largest peak of what stands around the layers."""
+        frame = next(iter(layout.surroundings.frames.values()))
+        return max((row.peak for before in frame for row in before), default=0.0)
 
     def surveyed(self, point: Mapping[str, Value]) -> bool:
         """Whether it is known where the layers of a point stand; a valid one is looked for if its own are not."""
@@ -511,6 +527,12 @@ def linear(metric: str, work: Workload) -> tuple[Floats, float]:
     big = 2.0**40
     weights = [(figures(replace(Tally(), **{name: big}), work)[metric] - nothing) / big for name in SUMS]
     return np.array(weights), (figures(Tally(peak=big), work)[metric] - nothing) / big
+
+
+def alternatives(options: Sequence[Options]) -> list[int | None]:
+    """Restrictions to try where what stands around layers hangs on their forms: none, and all layers of one form."""
+    found = sorted({form for each in {id(o): o for o in options}.values() for form in each.forms})
+    return [None, *found] if len(found) > 1 else [None]
 
 
 def forms(rows: list[Row], spans: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
