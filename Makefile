@@ -20,7 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m zoo.demo
+	$(BIN)/zoo search spaces/hybrid-bytes --data bytes:stdlib --objective bits_per_byte,latency \
+		--budget "params<=1M latency<=15ms@cpu{seq=128}" --trials 10 --steps 50 --batch 8 --context 128 \
+		--learning-rate 4e-3 --threads 1 --out runs/demo
+	$(BIN)/zoo build runs/demo/best.yaml
+	$(BIN)/zoo train runs/demo/best.yaml --data bytes:stdlib --steps 80 --batch 8 --context 128 \
+		--learning-rate 4e-3 --threads 1 --out runs/demo/winner
+	@echo "Now open runs/demo/report.html; the winner is the spec runs/demo/best.yaml."
 
 test: setup
 	$(BIN)/python -m pytest --zoo-specs specs -n 2 --dist worksteal

@@ -82,7 +82,7 @@ width: 32
 context: 16
 stem: {type: token, vocab: 64}
 head: language_model
-body: {layers: {repeat: {int: [1, 2]}, of: {channel: mlp, residual: {choice: [pre, post]}}}}
+body: {layers: {repeat: {int: [5, 6]}, of: {channel: mlp, residual: {choice: [pre, post]}}}}
 """
 """A stack has a norm at its end unless all layers normalise the stream: layers decide about what follows them."""
 

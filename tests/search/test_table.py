@@ -60,8 +60,9 @@ def test_layers_that_decide_about_what_follows_them() -> None:
     found = {tuple(point.values()): costs.figures(point) for point in spaces.points(space)}
     for point in spaces.points(space):
         assert found[tuple(point.values())] == counted(space, point, Workload())
-    pre, post = found[1, "pre"], found[1, "post"]
+    pre, post = found[5, *["pre"] * 5], found[5, *["post"] * 5]
     assert pre is not None and post is not None and pre["params"] == post["params"] + 32
+    assert CostTable(space, Workload()).range_of("params")[0] == post["params"]
 
 
 def test_layers_that_change_the_stream_are_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:

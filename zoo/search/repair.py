@@ -381,7 +381,10 @@ class Repair:
             point = self.space.normalised(self._placed(board, picks, outside))
             base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
             for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
-                rows = [row for before in table.frame(point) for row in before]
+                frame = table.frame(point)
+                if not frame:
+                    return base, floor
+                rows = [row for before in frame for row in before]
                 weights, peak = linear(term.metric, table.layout(point).surroundings.work)
                 base[number] = sum(float(weights @ np.array(row.sums)) for row in rows)
                 floor[number] = peak * max((row.peak for row in rows), default=0.0)

@@ -6,9 +6,14 @@ trial `n` depends on the seed and the trials before `n` only, so a search that g
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from zoo.errors import ZooError, did_you_mean
 from zoo.search.objective import Objective
@@ -19,10 +24,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from zoo.search.ledger import Codec
-    from zoo.search.space import Space
+    from zoo.search.space import Decision, Space
 
 SAMPLERS = {
-    "evolution": "mutation and crossover among the best, with a tenth at random",
+    "evolution": "values that good trials share, mutation and crossover of the best, and a tenth at random",
     "tpe": "Optuna's tree-structured Parzen estimator",
     "nsga2": "Optuna's NSGA-II",
     "gp": "Optuna's Gaussian process",
@@ -36,8 +41,16 @@ PRUNERS = {
 
 RANDOM_SHARE = 0.1
 """Share of evolution's proposals that are drawn anew."""
-TOURNAMENT_SHARE = 0.5
-"""Share of all trials among which the best becomes a parent: high, since evaluations are few."""
+MODEL_SHARE = 0.7
+"""Share of the others that are drawn from what good trials have in common; the rest descend from parents."""
+FIRST_RANDOM = 8
+"""Complete trials before which all proposals are drawn anew."""
+GOOD_SHARE, GOOD_MOST = 0.15, 25
+"""Trials that count as good: a share of all, at least two and at most so many."""
+DRAWS = 12
+"""Values of a decision that are drawn for the most promising to be taken."""
+MANY_VALUES = 32
+"""Values of a decision up to which they are counted one by one."""
 POPULATION = 20
 """Trials of a generation of NSGA-II: small, since an evaluation here is a training run."""
 ASKS = 4
@@ -58,38 +71,101 @@ def generator(seed: int, number: int, purpose: str) -> random.Random:
 
 
 class Evolution:
-    """Steady-state evolution on the non-dominated order.
+    """Steady-state evolution with a model of what good trials have in common.
 
-    A parent wins a tournament among a random half of the complete trials: fewest trials dominate it (Fonseca and
-    Fleming 1993), chance decides between equals. Half of the children mix two parents, all are changed in one place;
-    one in ten is a random point instead. Changes become more as the stream goes on, so that it leaves a neighbourhood
-    that is used up.
+    Trials are ordered by how many others dominate them (Fonseca and Fleming 1993). A proposal is, one in ten, a random
+    point. Most others are drawn from `Marginals`. The rest are children: half of them mix two parents, all are changed
+    in one place, and a parent is the best trial with probability 1/2, the next with 1/4, and so on, chance deciding
+    between equals. Changes become more as the stream goes on, so that it leaves a neighbourhood that is used up.
     """
 
     def __init__(self, space: Space, archive: Archive, seed: int) -> None:
         self.space = space
         self.archive = archive
         self.seed = seed
+        self._marginals = Marginals(archive)
 
     def stream(self, number: int) -> Iterator[Point]:
         rng = generator(self.seed, number, "evolution")
+        self._marginals.update()
         attempt = 0
         while True:
-            yield self._child(rng, 1 + attempt // 8)
+            yield self._proposal(rng, attempt)
             attempt += 1
 
-    def _child(self, rng: random.Random, changes: int) -> Point:
-        if not len(self.archive) or rng.random() < RANDOM_SHARE:
+    def _proposal(self, rng: random.Random, further: int) -> Point:
+        if len(self.archive) < FIRST_RANDOM or rng.random() < RANDOM_SHARE:
             return self.space.sample(rng)
+        if rng.random() < MODEL_SHARE:
+            drawn = self.space.decide(lambda decision: self._marginals.draw(decision, rng))
+            return self.space.mutate(drawn, rng, further) if further else drawn
         child = self._parent(rng)
         if rng.random() < 0.5:
             child = self.space.cross(child, self._parent(rng), rng)
-        return self.space.mutate(child, rng, changes)
+        return self.space.mutate(child, rng, 1 + further)
 
     def _parent(self, rng: random.Random) -> Point:
-        count = len(self.archive)
-        entrants = rng.sample(range(count), min(count, max(2, int(count * TOURNAMENT_SHARE))))
-        return self.archive.trials[entrants[self.archive.beaten[entrants].argmin()]].point
+        rank = 0
+        while rank + 1 < len(self.archive) and rng.random() < 0.5:
+            rank += 1
+        beaten = self.archive.beaten
+        equals = np.flatnonzero(beaten == beaten[self._marginals.order[rank]])
+        return self.archive.trials[rng.choice(equals)].point
+
+
+class Marginals:
+    """How much more often good trials have a value than all others do, each decision by itself.
+
+    For a decision with `k` values, of which `v` occurs in `g` of `G` good trials and in `b` of `B` others,
+    `l = (g + 1/k) / (G + 1)` and `h = (b + 1/k) / (B + 1)`; of values drawn from `l` that with the largest `l / h` is
+    taken (the categorical case of Bergstra et al. 2011, Algorithms for Hyper-Parameter Optimization, section 4).
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+        self.order = np.argsort(archive.beaten)
+        """Numbers of the trials, the best first."""
+        self._counted = 0
+        self._all: dict[str, Counter[Any]] = {}
+        self._good: dict[str, Counter[Any]] = {}
+        self._weights: dict[str, tuple[list[float], list[float]]] = {}
+
+    def update(self) -> None:
+        """Count the trials that came in since the last time; O(trials), with a small constant."""
+        trials = self.archive.trials
+        for trial in trials[self._counted :]:
+            _count(self._all, trial.point)
+        self._counted = len(trials)
+        self.order = np.argsort(self.archive.beaten, kind="stable")
+        self._good, self._weights = {}, {}
+        for index in self.order[: max(2, min(GOOD_MOST, math.ceil(GOOD_SHARE * len(trials))))]:
+            _count(self._good, trials[index].point)
+
+    def draw(self, decision: Decision, rng: random.Random) -> Any:
+        """A value for a decision."""
+        if decision.count is None or decision.count > MANY_VALUES:
+            good = self._good.get(decision.name)
+            return rng.choice(list(good.elements())) if good else decision.draw(rng)
+        if decision.name not in self._weights:
+            self._weights[decision.name] = self._weighed(decision)
+        likely, ratios = self._weights[decision.name]
+        drawn = rng.choices(range(len(likely)), cum_weights=likely, k=DRAWS)
+        return decision.values()[max(drawn, key=ratios.__getitem__)]
+
+    def _weighed(self, decision: Decision) -> tuple[list[float], list[float]]:
+        """For each value `l`, added up, and `l / h`."""
+        good, everything = self._good.get(decision.name, Counter()), self._all.get(decision.name, Counter())
+        values = decision.values()
+        prior = 1 / len(values)
+        low, high = good.total() + 1, everything.total() - good.total() + 1
+        likely = [(good[value] + prior) / low for value in values]
+        other = [(everything[value] - good[value] + prior) / high for value in values]
+        return list(accumulate(likely)), [here / there for here, there in zip(likely, other, strict=True)]
+
+
+def _count(counts: dict[str, Counter[Any]], point: Mapping[str, Any]) -> None:
+    for name, value in point.items():
+        counts.setdefault(name, Counter())[value] += 1
 
 
 class RandomDraws:

@@ -167,7 +167,7 @@ class _Search:
         self.space: Space = load_space(settings.space) if isinstance(settings.space, str | Path) else settings.space
         self.space.validate()
         given = Budget.parse(settings.budget) if isinstance(settings.budget, str) else settings.budget
-        sources = latency or _Measured()
+        sources = latency or _Measured(None if settings.train is None else settings.train.threads)
         device_name(settings.device)
         budget = resolved(given, sources, settings.device)
         self.objectives = parse_objectives(settings.objective, budget)
@@ -567,14 +567,20 @@ def _points(space: Space) -> Iterator[Point]:
 
 
 class _Measured:
-    """Latencies measured on this machine, each device set up when it is first asked for."""
+    """Latencies measured on this machine, each device set up when it is first asked for.
 
-    def __init__(self) -> None:
+    `threads` are those of the training, so that a CPU is timed as it is used; None for all.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
         self._sources: dict[str, LatencySource] = {}
 
     def __call__(self, device: str) -> LatencySource:
         if device not in self._sources:
-            self._sources[device] = MeasuredLatency(resolve_device(device), _built, lambda spec: spec.hash)
+            self._sources[device] = MeasuredLatency(
+                resolve_device(device, self._threads), _built, lambda spec: spec.hash
+            )
         return self._sources[device]
 
 
