@@ -21,6 +21,12 @@ class ZooError(Exception):
     exit_code: int = 2
 
 
+class InfeasibleError(ZooError):
+    """A budget that nothing in a space meets; the message says what the space can reach."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """A place in a text: `line` and `column` count from one; `text` is the whole line."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.device import device_name, resolve_device
-from zoo.errors import SpecError, ZooError
+from zoo.errors import InfeasibleError, SpecError, ZooError
 from zoo.latency import LatencySource, MeasuredLatency
 from zoo.search.architecture import architecture
 from zoo.search.budget import Budget
@@ -175,7 +175,7 @@ class _Search:
         self.meter = Meter(self.space, budget, self.objectives, sources, settings.device)
         self.repair = Repair(self.space, self.meter.tables, budget)
         if (reason := self.repair.infeasible()) is not None:
-            raise ZooError(reason)
+            raise InfeasibleError(reason)
         self.evaluator = evaluator or self._train_evaluator()
         self._check_objectives()
         self._open(given)
