@@ -217,7 +217,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", dtype: t
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get("spec")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ZooError(f"{path}: not a readable safetensors file: {error}") from None
     if text is None:

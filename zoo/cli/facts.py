@@ -159,8 +159,9 @@ def _show_space(path: Path, as_json: bool) -> None:
     if as_json:
         print_json({"hash": space.hash, "size": size, "decisions": facts})
         return
+    print(f"{path}: a space of {'infinitely many' if size is None else f'{size:,}'} points")
     print_table(
-        f"{path}: a space of {'infinitely many' if size is None else f'{size:,}'} points",
+        "",
         ("decision", "kind", "values"),
         ((fact["name"], fact["kind"], ", ".join(map(str, fact["values"]))) for fact in facts),
     )

@@ -44,7 +44,6 @@ _STATES: Mapping[Status, TrialState] = {
     "failed": TrialState.FAIL,
     "dropped": TrialState.FAIL,
 }
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _CLAIM_OF_ANOTHER_HOST = 24 * 3600.0
 """Seconds after which a claim from another machine counts as given up: nobody here can see whether it lives."""
 
@@ -171,9 +170,11 @@ class Ledger:
     message says in what.
     """
 
-    def __init__(self, study: optuna.Study, place: str) -> None:
+    def __init__(self, study: optuna.Study, storage: optuna.storages.BaseStorage, place: str) -> None:
         self.study = study
+        self.storage = storage
         self.place = place
+        self._id = storage.get_study_id_from_name(study.study_name)
         self.identity: dict[str, Any] = {}
         """What makes the search this one."""
         self.about: dict[str, Any] = {}
@@ -197,8 +198,8 @@ class Ledger:
     ) -> Ledger:
         """The record in `folder`, or in an Optuna storage under the folder's name; without `identity` it must exist."""
         with quiet_optuna():
-            study, place = _study(folder, storage, objectives)
-        ledger = cls(study, place)
+            ledger = cls(*_study(folder, storage, objectives))
+        place = ledger.place
         attributes = ledger._attributes()
         if identity is not None and _SEARCH not in attributes:
             ledger._set(_SEARCH, {"identity": dict(identity), "about": dict(about or {})})
@@ -215,7 +216,7 @@ class Ledger:
     def refresh(self) -> list[Trial]:
         """Read the trials that came in since the last time, from here or elsewhere, and return them."""
         with _readable(self.place):
-            found = self.study.get_trials(deepcopy=False, states=_FINISHED)
+            found = self.storage.get_all_trials(self._id, deepcopy=False)
         fresh = found[len(self.frozen) :]
         new = [_thawed(trial, self.place) for trial in fresh]
         self.frozen += fresh
@@ -258,7 +259,7 @@ class Ledger:
 
     def _attributes(self) -> dict[str, Any]:
         with _readable(self.place):
-            return self.study.user_attrs
+            return self.storage.get_study_user_attrs(self._id)
 
     def _set(self, name: str, value: Any) -> None:
         started = time.perf_counter()
@@ -322,7 +323,7 @@ def remove(folder: Path, storage: str | None) -> None:
         for worker in ledger.claimed().values():
             raise ZooError(f"{ledger.place} is being worked on by process {_shown(worker)}; stop that first")
         if storage is not None:
-            optuna.delete_study(study_name=ledger.study.study_name, storage=ledger.study._storage)
+            optuna.delete_study(study_name=ledger.study.study_name, storage=ledger.storage)
     (folder / JOURNAL).unlink(missing_ok=True)
 
 
@@ -342,8 +343,10 @@ def quiet_optuna() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _study(folder: Path, storage: str | None, objectives: Sequence[Objective] | None) -> tuple[optuna.Study, str]:
-    """The study of a folder, made if there are objectives, and how to call it."""
+def _study(
+    folder: Path, storage: str | None, objectives: Sequence[Objective] | None
+) -> tuple[optuna.Study, optuna.storages.BaseStorage, str]:
+    """The study of a folder, made if there are objectives, the storage that holds it, and how to call that."""
     if storage is None:
         path = folder / JOURNAL
         if objectives is None and not path.exists():
@@ -364,13 +367,13 @@ def _study(folder: Path, storage: str | None, objectives: Sequence[Objective] | 
             raise ZooError(f"cannot open the storage {place}: {_first_line(error)}") from error
     with _readable(place):
         if name in optuna.get_all_study_names(opened):
-            return optuna.load_study(study_name=name, storage=opened), place
+            return optuna.load_study(study_name=name, storage=opened), opened, place
         if objectives is None:
             raise ZooError(f"{place} holds no study {name!r}")
         directions: list[Any] = [objective.direction for objective in objectives]
         # Another process may have made it since.
         study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
-    return study, place
+    return study, opened, place
 
 
 def masked(url: str) -> str:
