@@ -50,7 +50,7 @@ def test_unknown_types_get_the_nearest_name() -> None:
     with pytest.raises(ZooError, match="unknown norm 'qqq'; known: layernorm, rmsnorm"):
         find(Role.NORM, "qqq")
     with pytest.raises(AttributeError, match="no component 'Atention'; did you mean 'Attention'"):
-        zoo.Atention
+        _ = zoo.Atention
 
 
 def test_a_type_in_the_wrong_slot_names_its_role() -> None:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zoo.cost import Call, Cost
 from zoo.errors import Problem, SpecError, ZooError, did_you_mean, nearest
+from zoo.memo import memoized
 from zoo.parameter import Axis, Parameter, StateTensor
 from zoo.registry import INHERITED, Entry, Role, find, types, with_article
 
@@ -323,9 +324,15 @@ def _filled_in_turn(parts: tuple[Component, ...], scope: Scope) -> tuple[Compone
     """Components that follow each other, each filled in for the scope behind the one before."""
     filled: list[Component] = []
     for part in parts:
-        filled.append(part.fill(scope))
+        filled.append(_filled(part, scope))
         scope = filled[-1].out(scope)
     return tuple(filled)
+
+
+@memoized
+def _filled(part: Component, scope: Scope) -> Component:
+    """`part.fill(scope)`; layers of one form stand in many models."""
+    return part.fill(scope)
 
 
 def _coerced(component: type[Component], values: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:

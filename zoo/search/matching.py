@@ -275,7 +275,7 @@ class _Matcher:
         names = self.program.decisions.keys() - found.values.keys()
         for values in islice(every(run, names, found.values), MAX_ALTERNATIVES):
             merged = {**found.values, **values}
-            tree = Filling(self.space.template, lambda hole, path, m=merged: m[path]).part(part, path)  # noqa: ARG005
+            tree = Filling(self.space.template, lambda hole, path, m=merged: m[path]).part(part, path)
             seen.append(tree.plain())
             weighed.append((agreement(tree, target), merged))
         for level in (YES, PERHAPS):

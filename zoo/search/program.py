@@ -373,7 +373,7 @@ class Walk:
 
 def evaluate(count: Count, template: Template, point: Mapping[str, Value]) -> int:
     """The number of repetitions at a point that holds what it follows from."""
-    value = Filling(template, lambda hole, path: point[path]).part(count.part, count.path).value  # noqa: ARG005
+    value = Filling(template, lambda hole, path: point[path]).part(count.part, count.path).value
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 

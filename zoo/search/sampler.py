@@ -288,6 +288,20 @@ def optuna_sampler(name: str) -> Callable[[int], optuna.samplers.BaseSampler]:
     return makers[name]
 
 
+class _Unfailed:
+    """A study that shows all trials but the failed ones, as which `Twin` closes its stand-ins."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        found = self._study.get_trials(deepcopy=deepcopy, states=states)
+        return [trial for trial in found if trial.state.name != "FAIL"]
+
+
 def optuna_pruner(name: str) -> optuna.pruners.BasePruner | None:
     """The pruner of that name, None for `none`."""
     import optuna
@@ -295,7 +309,15 @@ def optuna_pruner(name: str) -> optuna.pruners.BasePruner | None:
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=4)
     if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(reduction_factor=4)
+
+        class Halving(optuna.pruners.SuccessiveHalvingPruner):
+            """Counts a candidate once: what its stand-in in the twin noted, its trial has noted as well."""
+
+            def prune(self, study: Any, trial: FrozenTrial) -> bool:
+                view: Any = _Unfailed(study)
+                return super().prune(view, trial)
+
+        return Halving(reduction_factor=4)
     return None
 
 

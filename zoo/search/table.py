@@ -338,7 +338,7 @@ class CostTable:
         values = {unit.decisions[index].name: value for index, value in setting}
         decisions = self.space.program.decisions
 
-        def choose(hole: Any, path: str) -> Any:  # noqa: ARG001
+        def choose(hole: Any, path: str) -> Any:
             return values[path] if path in values else point.get(path, decisions[path].first)
 
         filling = Filling(self.space.template, choose)

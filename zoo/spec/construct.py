@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo.component import Component, Scope, Slot, slots
 from zoo.errors import Problem, SpecError, ZooError, nearest
+from zoo.memo import memoized
 from zoo.registry import Role, find, types, with_article
 from zoo.spec.source import shortened
 from zoo.spec.tree import BROKEN, Tree, walk
@@ -51,6 +52,9 @@ def complaints(
     its `maker` found wrong.
     """
     scope = _root(model) if scope is None else scope
+    if model.role is Role.LAYER and path and (maker is None or not maker.problems):
+        yield from ((".".join(filter(None, (path, inside))), message) for inside, message in _in_layer(model, scope))
+        return
     whole = True
     if maker is not None and maker.problems and document is not None:
         node, there = document.at(path)
@@ -66,6 +70,12 @@ def complaints(
         group, _, index = name.partition(".")
         inside = f"{group}[{index}]" if index else group
         yield from complaints(child.component, f"{path}.{inside}" if path else inside, child.scope, maker, document)
+
+
+@memoized
+def _in_layer(layer: Component, scope: Scope) -> tuple[tuple[str, str], ...]:
+    """The complaints of a layer, by paths inside it, computed once for all places where it stands."""
+    return tuple(complaints(layer, "", scope))
 
 
 def _root(model: Component) -> Scope:

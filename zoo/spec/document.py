@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.component import Component, Role, slots
+from zoo.component import Component, Role, Scope, slots
 from zoo.errors import Problem, SpecError, ZooError, did_you_mean
+from zoo.memo import memoized
 from zoo.spec.construct import ROOT, construct, said
 from zoo.spec.source import parse_yaml, read_text, scalar, shortened
 from zoo.spec.template import Template, compile_document
@@ -198,15 +199,30 @@ def spec_hash(spec: Component) -> str:
     Where an inherited setting was written does not count, only the parts that it reached.
     """
     scope = spec.root()  # type: ignore[attr-defined]
-    parts = {path: _own(part) for path, part, _ in spec.fill(scope).walk(scope)}
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    text = "\n".join(_lines(spec.fill(scope), scope, ""))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _own(part: Component) -> dict[str, Any]:
-    """The fields of a part; of one that holds layers only those that are no parts themselves."""
+def _lines(component: Component, scope: Scope, path: str) -> Iterator[str]:
+    """A line for each part: its path and its own fields. Those of a layer are computed once for all its places."""
+    if component.role is Role.LAYER:
+        yield from (path + line for line in _layer_lines(component, scope))
+        return
+    yield f"{path} {_own(component)}"
+    for name, child in component.children(scope).items():
+        yield from _lines(child.component, child.scope, f"{path}.{name}")
+
+
+@memoized
+def _layer_lines(layer: Component, scope: Scope) -> tuple[str, ...]:
+    return tuple(f".{path} {_own(part)}" for path, part, _ in layer.walk(scope))
+
+
+def _own(part: Component) -> str:
+    """The fields of a part as JSON; of one that holds layers only those that are no parts themselves."""
     left_out = {*METADATA, *slots(type(part))} if part.role in _HOLDERS else {}
-    return {key: value for key, value in plain(part).items() if key not in left_out}
+    fields = {name: _plain(getattr(part, name)) for name in type(part).model_fields if name not in left_out}
+    return json.dumps({"type": part.type, **fields}, sort_keys=True, separators=(",", ":"))
 
 
 def plain(component: Component) -> dict[str, Any]:
