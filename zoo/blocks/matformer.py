@@ -199,22 +199,22 @@ def extract(
     spec = spec.fill()
     found = [(path, part) for path, part, _ in spec.walk(spec.root()) if isinstance(part, MatFormer)]
     chosen = _for_each(granularity, [part for _, part in found])
-    smaller: dict[int, Component] = {}
+    smaller: list[Component] = []
     weights = dict(tensors)
     for (path, part), choice in zip(found, chosen):
         width = part.widths[part.widths.index(part.running) if choice is None else choice]
         plain = GLU if part.gated else MLP
-        smaller[id(part)] = plain(hidden=width, activation=part.activation, linear=Dense())
+        smaller.append(plain(hidden=width, activation=part.activation, linear=Dense()))
         for name in ("gate", "up") if part.gated else ("up",):
             weights[f"{path}.{name}.weight"] = weights.pop(f"{path}.{name}")[:width].clone()
         weights[f"{path}.down.weight"] = weights.pop(f"{path}.down")[:width].t().contiguous()
-    return _swapped(spec, smaller).model_copy(update={"published": None}), weights
+    return _swapped(spec, iter(smaller)).model_copy(update={"published": None}), weights
 
 
-def _swapped(component: Any, replacements: Mapping[int, Component]) -> Any:
-    """The same tree with some of its nodes, known by their identity, replaced."""
-    if id(component) in replacements:
-        return replacements[id(component)]
+def _swapped(component: Any, replacements: Iterator[Component]) -> Any:
+    """The same tree with its `matformer` nodes, in their order, replaced by the next of `replacements`."""
+    if isinstance(component, MatFormer):
+        return next(replacements)
     updates: dict[str, Any] = {}
     for name, slot in slots(type(component)).items():
         value = getattr(component, name)
