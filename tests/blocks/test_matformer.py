@@ -147,7 +147,8 @@ def test_what_is_cut_out_computes_the_same(gated: bool, granularity: Any) -> Non
     assert_close(cut(TOKENS).logits, model(TOKENS).logits)
     widths = [WIDTHS[2 if i is None else i] for i in ([0] * 3 if granularity == 0 else granularity)]
     kind = GLU if gated else MLP
-    channels: list[Any] = [cut.spec.body.layers[layer].channel for layer in (0, 2, 3)]
+    body: Any = cut.spec.body
+    channels: list[Any] = [body.layers[layer].channel for layer in (0, 2, 3)]
     assert [type(channel) for channel in channels] == [kind] * 3
     assert [channel.hidden for channel in channels] == widths
     removed = (3 if gated else 2) * 16 * sum(32 - width for width in widths)
