@@ -9,49 +9,26 @@ compared before anything is timed. A ratio is the competitor's time over ours.
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import Mamba2Config
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, mamba2_chunk_scan
 
+from bench.record import arguments, finish, publish
 from zoo import kernels
 
 LENGTH, WIDTH, HEAD_DIM, STATE_DIM = 2048, 512, 64, 64
 SLOW_MS = 5e3
+REPEATS = 9
 
 Run = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One competitor of one of our primitives: milliseconds of both, and the ratio that the project asks for."""
-
-    what: str
-    mode: str
-    ours_ms: float
-    competitor: str
-    competitor_ms: float
-    ratio: float
-    required: float | None
-
-    @property
-    def met(self) -> bool:
-        return self.required is None or self.ratio >= self.required
 
 
 @dataclass(frozen=True)
@@ -168,7 +145,7 @@ def timed(run: Run, backward: bool) -> float:
         return (time.thread_time() - start) * 1e3
 
 
-def compare(contest: Contest, baseline: Run, backward: bool, repeats: int) -> list[Comparison]:
+def compare(contest: Contest, baseline: Run, backward: bool) -> list[dict[str, Any]]:
     """Our time and each competitor's, and causal attention's at the same length and width, turn by turn."""
     chosen = {
         name: pair for name, pair in contest.competitors.items() if not (backward and name in contest.forward_only)
@@ -179,16 +156,25 @@ def compare(contest: Contest, baseline: Run, backward: bool, repeats: int) -> li
         runs["full causal attention"], required["full causal attention"] = baseline, None
     warm = {name: timed(run, backward) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats):
+    for turn in range(REPEATS):
         for name, run in runs.items():
             # What takes seconds needs no more than a turn or two.
-            if turn < max(1, min(repeats, SLOW_MS / warm[name])):
+            if turn < max(1, min(REPEATS, SLOW_MS / warm[name])):
                 times[name].append(timed(run, backward))
     medians = {name: statistics.median(values) for name, values in times.items()}
     ours = medians.pop("ours")
     mode = "forward and backward" if backward else "forward"
     return [
-        Comparison(contest.what, mode, round(ours, 3), name, round(other, 3), round(other / ours, 3), required[name])
+        {
+            "what": contest.what,
+            "mode": mode,
+            "ms": ours,
+            "competitor": name,
+            "its ms": other,
+            "ratio": other / ours,
+            "at least": needed if (needed := required[name]) is not None else "",
+            "met": needed is None or other / ours >= needed,
+        }
         for name, other in medians.items()
     ]
 
@@ -205,63 +191,16 @@ def check(contest: Contest) -> None:
                 raise SystemExit(f"{contest.what}: {name} differs from ours by {difference:.1e} of the result")
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--repeats", type=int, default=9, help="turns for each competitor (default 9)")
-    arguments = parser.parse_args()
-
+if __name__ == "__main__":
+    given = arguments("Primitives against step-by-step scans and the PyTorch paths of transformers.")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, LENGTH, WIDTH // HEAD_DIM, HEAD_DIM, requires_grad=True) for _ in range(3))
-    results: list[Comparison] = []
+    found: list[dict[str, Any]] = []
     for make in (linear_attention, ssd, mamba2_mixer, selective_scan, window):
         contest = make()
         check(contest)
         for backward in (False, True):
-            results += compare(contest, lambda: kernels.attention(q, k, v), backward, arguments.repeats)
-
-    table = Table(title=f"length {LENGTH}, width {WIDTH}, batch 1, float32, one thread; medians of processor time")
-    for column in ("what", "mode", "ours", "competitor", "its time", "ratio", "required"):
-        table.add_column(column, justify="left" if column in ("what", "mode", "competitor") else "right")
-    for row in results:
-        need = "" if row.required is None else f"{row.required:g} " + ("met" if row.met else "MISSED")
-        times = f"{row.ours_ms:.1f} ms", row.competitor, f"{row.competitor_ms:.1f} ms"
-        table.add_row(row.what, row.mode, *times, f"{row.ratio:.2f}", need)
-    Console(width=150).print(table)
-    if arguments.json is not None:
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "cpu": cpu(),
-            "threads": torch.get_num_threads(),
-            "clock": "processor time of the thread",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "length": LENGTH,
-            "width": WIDTH,
-            "repeats": arguments.repeats,
-            "geometric_mean_ratio_to_transformers": round(
-                math.exp(
-                    statistics.fmean(math.log(r.ratio) for r in results if r.competitor.startswith("transformers"))
-                ),
-                3,
-            ),
-            "results": [{**asdict(row), "met": row.met} for row in results],
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+            found += compare(contest, lambda: kernels.attention(q, k, v), backward)
+    title = f"kernels: length {LENGTH}, width {WIDTH}, batch 1, float32, one thread; medians of processor time"
+    finish(publish(title, found, given.json))

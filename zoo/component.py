@@ -98,6 +98,13 @@ class Slot:
 
 
 @cache
+def defaults(component: type[Component]) -> Mapping[str, Any]:
+    """The defaults of the fields of a component that need no value."""
+    fields = component.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+
+@cache
 def slots(component: type[Component]) -> Mapping[str, Slot]:
     """The fields of a class that take components, by name."""
     found: dict[str, Slot] = {}
@@ -329,7 +336,7 @@ def _filled_in_turn(parts: tuple[Component, ...], scope: Scope) -> tuple[Compone
     return tuple(filled)
 
 
-@memoized
+@memoized()
 def _filled(part: Component, scope: Scope) -> Component:
     """`part.fill(scope)`; layers of one form stand in many models."""
     return part.fill(scope)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,8 @@ from zoo.search.evaluate import Evaluation
 from zoo.search.ledger import Ledger
 from zoo.search.objective import parse_objectives
 from zoo.search.sampler import POPULATION, Evolution, RandomDraws
-from zoo.search.trial import Archive
+from zoo.search.space import Space
+from zoo.search.trial import Archive, Trial
 
 LOSS = parse_objectives("loss")
 
@@ -35,6 +37,30 @@ def test_a_stream_depends_on_seed_and_trials_only(tmp_path: Path) -> None:
     assert all(space.normalised(point) == point for point in drawn(3))
     draws = RandomDraws(space, 0)
     assert list(islice(draws.stream(1), 5)) == list(islice(draws.stream(1), 5)) != list(islice(draws.stream(2), 5))
+
+
+def test_what_good_trials_share_does_not_hang_on_when_they_came_in() -> None:
+    space = Space.parse("""
+width: {int: [64, 1024], step: 4}
+stem: {type: token, vocab: 256}
+body: {layers: {repeat: 3, of: {mixer: {choice: [pooling, identity]}, channel: null}}}
+head: language_model
+""")
+    rng, archive = random.Random(0), Archive(LOSS)
+    watched = Evolution(space, archive, 0)
+    for number in range(60):
+        point = space.sample(rng)
+        archive.add(trial(number, point, rng.random()))
+        next(watched.stream(number))
+    drawn = [list(islice(evolution.stream(60), 30)) for evolution in (watched, Evolution(space, archive, 0))]
+    assert drawn[0] == drawn[1] and len({point["width"] for point in drawn[0]}) > 3
+
+
+def trial(number: int, point: Any, loss: float) -> Trial:
+    key = str(number)
+    return Trial(
+        number=number, key=key, point=point, status="complete", spec={}, spec_hash=key, shape={}, values=(loss,)
+    )
 
 
 class Additive(FakeEvaluator):

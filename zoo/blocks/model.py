@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
@@ -31,10 +31,13 @@ from zoo.component import (
 )
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost
+from zoo.memo import memoized
 from zoo.registry import Role, register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+S = TypeVar("S", bound="Spec")
 
 
 @register("published", role=Role.RECORD)
@@ -116,23 +119,7 @@ class Spec(Component):
 
     def fill(self, scope: Scope | None = None) -> Self:
         """The same model with every default spelled out."""
-        scope = scope or self.root()
-        stem = self.stem.fill(scope)
-        inside = stem.out(scope)
-        body = self.body.fill(inside)
-        head = self.head.fill(body.out(inside))
-        return self.model_copy(
-            update={
-                "causal": scope.causal,
-                "norm": scope.norm,
-                "activation": scope.activation,
-                "linear": scope.linear,
-                "position": scope.position,
-                "stem": stem,
-                "body": body,
-                "head": head,
-            }
-        )
+        return _filled(self, scope or self.root())
 
     def check(self, scope: Scope) -> Iterator[Complaint]:
         if isinstance(self.head, HeadBase) and self.head.causal and not scope.causal:
@@ -159,3 +146,24 @@ class Spec(Component):
         x, inside = module.body(x, ctx, (state or {}).get("body"))
         tied = isinstance(self.head, LanguageModelHead) and self.head.tied
         return module.head(x, ctx, module.stem.weight if tied else None), ({"body": inside} if inside else {})
+
+
+@memoized(size=16)
+def _filled(spec: S, scope: Scope) -> S:
+    """`spec.fill(scope)`: checking, hashing and counting a spec follow each other, and each needs it."""
+    stem = spec.stem.fill(scope)
+    inside = stem.out(scope)
+    body = spec.body.fill(inside)
+    head = spec.head.fill(body.out(inside))
+    return spec.model_copy(
+        update={
+            "causal": scope.causal,
+            "norm": scope.norm,
+            "activation": scope.activation,
+            "linear": scope.linear,
+            "position": scope.position,
+            "stem": stem,
+            "body": body,
+            "head": head,
+        }
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from zoo.component import Component
+from zoo.component import Component, defaults
+from zoo.memo import memoized
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
@@ -18,14 +19,7 @@ def architecture(spec: Spec) -> dict[str, Any]:
 
     `hidden` is the inner width of the channel mixer, None where it has none.
     """
-    layers = [
-        [
-            *(text for branch in BRANCHES for text in _named(getattr(layer, branch, None), layer, branch)),
-            width,
-            _hidden(getattr(layer, "channel", None), width),
-        ]
-        for layer, width in _layers(spec.body, spec.width)
-    ]
+    layers = [list(_row(layer, width)) for layer, width in _layers(spec.body, spec.width)]
     return {"width": spec.width, "context": spec.context, "layers": layers}
 
 
@@ -40,6 +34,13 @@ def _layers(body: Component, width: int) -> Iterator[tuple[Component, int]]:
                 yield item, inside
 
 
+@memoized()
+def _row(layer: Component, width: int) -> tuple[Any, ...]:
+    """What is said of a layer."""
+    texts = (text for branch in BRANCHES for text in _named(getattr(layer, branch, None), layer, branch))
+    return (*texts, width, _hidden(getattr(layer, "channel", None), width))
+
+
 def _hidden(channel: Component | None, width: int) -> int | None:
     given: int | None = getattr(channel, "hidden", None)
     widened: Any = getattr(channel, "widened", None)
@@ -52,8 +53,9 @@ def _named(part: Component | None, layer: Component, branch: str) -> tuple[str, 
         bare = branch == "mixer" and not any(getattr(layer, name, None) for name in BRANCHES)
         return (layer.type, "") if bare else ("", "")
     fields = []
-    for name, field in type(part).model_fields.items():
+    usual = defaults(type(part))
+    for name in type(part).model_fields:
         value = getattr(part, name)
-        if value != field.get_default(call_default_factory=True) and not isinstance(value, tuple):
+        if (name not in usual or value != usual[name]) and not isinstance(value, tuple):
             fields.append(f"{name}={value.type if isinstance(value, Component) else value}")
     return part.type, " ".join(fields)

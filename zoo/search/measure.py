@@ -74,14 +74,15 @@ class Meter:
         self.measured = _unique(term for term in wanted if term.needs_measurement)
         self.counted = _unique(term for term in wanted if not term.needs_measurement)
         shrinking = [self.proxy(term, 1.0) for term in budget.terms if term.needs_measurement]
+        self._labels = [(term, label(term)) for term in self.counted]
+        self._named = [(term, str(term), label(term)) for term in budget.terms]
         works = dict.fromkeys([Workload(), *map(workload, [*self.counted, *shrinking])])
         self.tables: Mapping[Workload, CostTable] = {work: CostTable(space, work) for work in works}
 
     def figures(self, point: Point) -> dict[str, float]:
         """Everything that is counted: all metrics under the default work, and those that terms ask for elsewhere."""
         found = dict(self.tables[Workload()].figures(point) or {})
-        for term in self.counted:
-            name = label(term)
+        for term, name in self._labels:
             if name not in found:
                 counted = self.tables[workload(term)].figures(point)
                 assert counted is not None
@@ -90,7 +91,7 @@ class Meter:
 
     def slack(self, figures: Mapping[str, float]) -> dict[str, float]:
         """How far each term of the budget is from its bound, as a share of it."""
-        return {str(term): term.slack(figures[label(term)]) for term in self.budget.terms}
+        return {text: term.slack(figures[name]) for term, text, name in self._named}
 
     def latency(self, spec: Spec, term: Term) -> float:
         """Seconds that a term speaks of, for a spec."""

@@ -182,6 +182,12 @@ class Unit:
     where: tuple[str | int, ...]
     decisions: tuple[Decision, ...]
     block: Block
+    index: Mapping[str, int] = field(init=False, repr=False)
+    """The numbers of its decisions by name."""
+
+    def __post_init__(self) -> None:
+        index = {decision.name: number for number, decision in enumerate(self.decisions)}
+        object.__setattr__(self, "index", index)
 
     def setting(self, program: Program, point: Mapping[str, Value]) -> Setting:
         """Its own active decisions at a point, as indices into `decisions` with values."""
@@ -191,17 +197,16 @@ class Unit:
 
     def complete(self, program: Program, point: Mapping[str, Value], choose: Choose) -> Setting:
         """A setting whose values are chosen, shared decisions being as the point says or at their first value."""
-        own = {decision.name for decision in self.decisions}
 
         def decide(decision: Decision) -> Value:
-            return choose(decision) if decision.name in own else point.get(decision.name, decision.first)
+            return choose(decision) if decision.name in self.index else point.get(decision.name, decision.first)
 
         walk = Walk(program, decide)
         walk.block(self.block)
         return self._own(walk.point)
 
     def _own(self, point: Point) -> Setting:
-        index = {decision.name: number for number, decision in enumerate(self.decisions)}
+        index = self.index
         return tuple((index[name], value) for name, value in point.items() if name in index)
 
     def every(self, program: Program, point: Mapping[str, Value]) -> Iterator[Setting]:
@@ -212,8 +217,7 @@ class Unit:
             walk.block(self.block)
             return walk.point
 
-        own = {decision.name for decision in self.decisions}
-        return map(self._own, every(run, own, point))
+        return map(self._own, every(run, self.index, point))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -341,7 +345,8 @@ class Walk:
         for step in block:
             if isinstance(step, Decide):
                 value = self.point[step.decision.name] = self.choose(step.decision)
-                self.block(step.branches.get(value, ()))
+                if step.branches and value in step.branches:
+                    self.block(step.branches[value])
             elif isinstance(step, Refer):
                 if step.name not in self._referred:
                     self._referred.add(step.name)
@@ -352,7 +357,10 @@ class Walk:
     def _listing(self, listing: Listing) -> None:
         position = 0
         for entry in listing.entries:
-            if all(self._count(count) > index for count, index in entry.guards):
+            for count, index in entry.guards:
+                if self._count(count) <= index:
+                    break
+            else:
                 self.positions[entry.number] = position
                 position += 1
                 if entry.unit is not None:

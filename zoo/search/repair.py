@@ -144,12 +144,11 @@ class Repair:
         self._anchors: list[Point] | None = None
         self._outside = [decision.name for decision in space.program.outside]
 
-    def __call__(self, point: Mapping[str, Value], rng: random.Random, keep: Collection[str] = ()) -> Point | None:
-        """The nearest point that was found to be valid and to meet every term that can be counted.
+    def __call__(self, proposal: Point, rng: random.Random, keep: Collection[str] = ()) -> Point | None:
+        """The nearest point to a normalised one that was found to be valid and to meet every term that can be counted.
 
         The proposal itself if it does; None if no such point was found. Decisions named in `keep` stay as they are.
         """
-        proposal = self.space.normalised(point)
         if self.feasible(proposal):
             return proposal
         kept = frozenset(keep)
@@ -582,7 +581,7 @@ class Repair:
         if board is None:
             return None
         picks = [
-            there[state.picks[rng.choice(sources)]] if sources else int(rng.random() * many)
+            there[state.picks[sources[int(rng.random() * len(sources))]]] if sources else int(rng.random() * many)
             for sources, there, many in self._carried(state.board, board)
         ]
         return self._at(outside | opened, board, picks)
@@ -669,6 +668,9 @@ class Repair:
         """The state with each layer given back what was proposed for it, where the budget allows that."""
         program = self.space.program
         for position, (unit, kind) in enumerate(zip(state.board.units, state.board.kind_of, strict=True)):
+            settled = state.board.kinds[kind].options.settings[state.picks[position]]
+            if all(proposal.get(unit.decisions[slot].name) == value for slot, value in settled):
+                continue
             if any(decision.name in proposal for decision in unit.decisions):
                 wanted = unit.complete(
                     program, {**proposal, **state.outside}, lambda each: proposal.get(each.name, each.first)

@@ -126,6 +126,7 @@ class Marginals:
         self.order = np.argsort(archive.beaten)
         """Numbers of the trials, the best first."""
         self._counted = 0
+        self._best: set[int] = set()
         self._all: dict[str, Counter[Any]] = {}
         self._good: dict[str, Counter[Any]] = {}
         self._weights: dict[str, tuple[list[float], list[float]]] = {}
@@ -134,18 +135,23 @@ class Marginals:
         """Count the trials that came in since the last time; O(trials), with a small constant."""
         trials = self.archive.trials
         for trial in trials[self._counted :]:
-            _count(self._all, trial.point)
+            _count(self._all, trial.point, 1)
         self._counted = len(trials)
         self.order = np.argsort(self.archive.beaten, kind="stable")
-        self._good, self._weights = {}, {}
-        for index in self.order[: max(2, min(GOOD_MOST, math.ceil(GOOD_SHARE * len(trials))))]:
-            _count(self._good, trials[index].point)
+        self._weights = {}
+        best = set(self.order[: max(2, min(GOOD_MOST, math.ceil(GOOD_SHARE * len(trials))))].tolist())
+        for index in best - self._best:
+            _count(self._good, trials[index].point, 1)
+        for index in self._best - best:
+            _count(self._good, trials[index].point, -1)
+        self._best = best
 
     def draw(self, decision: Decision, rng: random.Random) -> Any:
         """A value for a decision."""
         if decision.count is None or decision.count > MANY_VALUES:
-            good = self._good.get(decision.name)
-            return rng.choice(list(good.elements())) if good else decision.draw(rng)
+            # In an order that does not hang on when each trial became a good one.
+            good = sorted(self._good.get(decision.name, Counter()).elements(), key=repr)
+            return rng.choice(good) if good else decision.draw(rng)
         if decision.name not in self._weights:
             self._weights[decision.name] = self._weighed(decision)
         likely, ratios = self._weights[decision.name]
@@ -163,9 +169,11 @@ class Marginals:
         return list(accumulate(likely)), [here / there for here, there in zip(likely, other, strict=True)]
 
 
-def _count(counts: dict[str, Counter[Any]], point: Mapping[str, Any]) -> None:
+def _count(counts: dict[str, Counter[Any]], point: Mapping[str, Any], times: int) -> None:
     for name, value in point.items():
-        counts.setdefault(name, Counter())[value] += 1
+        if name not in counts:
+            counts[name] = Counter()
+        counts[name][value] += times
 
 
 class RandomDraws:

@@ -126,7 +126,7 @@ class Space:
 
     def key(self, point: Mapping[str, Value]) -> str:
         """The identity of a point: 16 hexadecimal digits, the same in every run."""
-        return _sha(sorted(self.normalised(point).items()))
+        return point_key(self.normalised(point))
 
     def sample(self, rng: random.Random) -> Point:
         """A point at random.
@@ -253,6 +253,11 @@ class Space:
             raise SpecError(found)
 
 
+def point_key(point: Mapping[str, Value]) -> str:
+    """`Space.key` of a point that is normalised."""
+    return _sha(sorted(point.items()))
+
+
 def load_space(name: str | Path) -> Space:
     """The space of a file or a shipped name; a spec without holes is a space of one point."""
     return Space.from_template(read(name))
@@ -320,4 +325,4 @@ def _content(part: Part, known: dict[int, str]) -> Any:
     return ["hole", part.kind, options, part.low, part.high, part.step, part.log, part.name]
 
 
-__all__ = ["Decision", "Point", "Space", "Value", "load_space"]
+__all__ = ["Decision", "Point", "Space", "Value", "load_space", "point_key"]

@@ -38,12 +38,12 @@ from zoo.search.sampler import (
     optuna_pruner,
     optuna_sampler,
 )
+from zoo.search.space import Decision, Space, load_space, point_key
 from zoo.search.trial import Archive, Point, Trial
 from zoo.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
-    from zoo.search.space import Decision, Space
 
 ATTEMPTS = 256
 """Proposals of a stream for one trial before the space is swept for what is left."""
@@ -157,8 +157,6 @@ class _Search:
         listener: SearchListener,
         latency: Callable[[str], LatencySource] | None,
     ) -> None:
-        from zoo.search.space import load_space
-
         if settings.trials < 1:
             raise ZooError(f"a search needs at least one trial, found {settings.trials}")
         self.settings = settings
@@ -335,8 +333,8 @@ class _Search:
             alike = {decision: held[_place(decision)] for decision in fitting if _place(decision) in held}
             fitting = self.space.normalised({**fitting, **alike})
             if self.repair.feasible(fitting):
-                key = self.space.key(fitting)
-                found.setdefault(key, _Baseline(name, fitting, tuple(alike), key != self.space.key(point)))
+                key = point_key(fitting)
+                found.setdefault(key, _Baseline(name, fitting, tuple(alike), key != point_key(point)))
         return found
 
     def _next(self, baselines: Mapping[str, _Baseline]) -> _Candidate | None:
@@ -359,13 +357,13 @@ class _Search:
             with _clock(seconds, "repair"):
                 point = self.repair(proposed, rng)
             if point is not None:
-                candidate = self._claimed(number, self.space.key(point), point, others, seconds)
+                candidate = self._claimed(number, point_key(point), point, others, seconds)
                 if candidate is not None:
                     return candidate
         if self.sweep is None:
             self.sweep = self._swept()
         for point in self.sweep:
-            candidate = self._claimed(number, self.space.key(point), point, others, seconds)
+            candidate = self._claimed(number, point_key(point), point, others, seconds)
             if candidate is not None:
                 return candidate
         return None
@@ -411,7 +409,7 @@ class _Search:
             self.listener.candidate(candidate.number, "measuring", candidate.shape, self.meter.figures(point))
 
         def usable(point: Point) -> bool:
-            key = self.space.key(point)
+            key = point_key(point)
             taken = key in self.ledger.keys or key in self.aliases
             return not taken and self.space.spec_at(point).hash not in self.ledger.hashes and self.ledger.claim(key)
 
@@ -420,7 +418,7 @@ class _Search:
             fitted = self.meter.fit(candidate.point, candidate.spec, rng, usable, measuring, keep)
         if fitted.point is not candidate.point:
             candidate.point, candidate.spec = fitted.point, fitted.spec
-            candidate.key, candidate.spec_hash = self.space.key(fitted.point), fitted.spec.hash
+            candidate.key, candidate.spec_hash = point_key(fitted.point), fitted.spec.hash
             candidate.shape = architecture(fitted.spec)
         trial = self._started_trial(candidate, fitted)
         if not fitted.reason:
@@ -448,7 +446,7 @@ class _Search:
             baseline=baseline.name if baseline is not None else None,
             adjusted=baseline is not None and (baseline.adjusted or candidate.point != baseline.point),
             reason=fitted.reason,
-            also_seen=tuple(map(self.space.key, fitted.tried)),
+            also_seen=tuple(map(point_key, fitted.tried)),
             seconds=candidate.seconds,
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from zoo.accounting import metrics
 from zoo.errors import Problem, SpecError, ZooError
-from zoo.spec.document import SUFFIXES, finished, locate, read
+from zoo.spec.document import SUFFIXES, finished, read
 from zoo.spec.template import Template
 
 if TYPE_CHECKING:
@@ -90,6 +90,3 @@ def unpublished(spec: Spec, template: Template | None = None) -> Iterator[Proble
             yield Problem(
                 f"published.{field}", f"{stated:,} are published, {counted[metric]:,} counted ({off:+.2%})", mark
             )
-
-
-__all__ = ["Checked", "check", "locate", "spec_files"]

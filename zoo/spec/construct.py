@@ -72,7 +72,7 @@ def complaints(
         yield from complaints(child.component, f"{path}.{inside}" if path else inside, child.scope, maker, document)
 
 
-@memoized
+@memoized()
 def _in_layer(layer: Component, scope: Scope) -> tuple[tuple[str, str], ...]:
     """The complaints of a layer, by paths inside it, computed once for all places where it stands."""
     return tuple(complaints(layer, "", scope))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.component import Component, Role, Scope, slots
+from zoo.component import Component, Role, Scope, defaults, slots
 from zoo.errors import Problem, SpecError, ZooError, did_you_mean
 from zoo.memo import memoized
 from zoo.spec.construct import ROOT, construct, said
@@ -213,7 +213,7 @@ def _lines(component: Component, scope: Scope, path: str) -> Iterator[str]:
         yield from _lines(child.component, child.scope, f"{path}.{name}")
 
 
-@memoized
+@memoized()
 def _layer_lines(layer: Component, scope: Scope) -> tuple[str, ...]:
     return tuple(f".{path} {_own(part)}" for path, part, _ in layer.walk(scope))
 
@@ -239,11 +239,11 @@ def _plain(value: Any) -> Any:
 
 def brief(component: Component, default_type: str | None = None) -> Any:
     """A component as one would write it: without fields that have their default, a bare type where nothing is left."""
-    known = slots(type(component))
+    known, usual = slots(type(component)), defaults(type(component))
     fields: dict[str, Any] = {}
-    for name, field in type(component).model_fields.items():
+    for name in type(component).model_fields:
         value = getattr(component, name)
-        if not field.is_required() and value == field.get_default(call_default_factory=True):
+        if name in usual and value == usual[name]:
             continue
         slot = known.get(name)
         if isinstance(value, Component):
@@ -313,6 +313,3 @@ def _dumper() -> type:
 
     Dumper.add_representer(str, text)
     return Dumper
-
-
-__all__ = ["Role", "as_spec", "canonical", "dump", "finished", "load", "parse", "read", "spec_hash"]
