@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from zoo.blocks.model import Spec
 
 Report = Callable[[int, float], None]
-
-_DIVERGED = re.compile(r"the (training|validation) loss of step \d+ is ")
-"""How `zoo.train.loop.fit` says that a loss stopped being finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +104,7 @@ class TrainEvaluator:
         import torch
 
         from zoo.model import build
-        from zoo.train.loop import fit
+        from zoo.train.loop import DivergedError, fit
 
         settings = self._settings_for(spec)
         folder = self.folder / f"{trial_number:05d}-{spec.hash[:8]}"
@@ -128,10 +124,8 @@ class TrainEvaluator:
                 )
             except torch.OutOfMemoryError as error:
                 raise EvaluationError(f"out of memory: {str(error).splitlines()[0]}") from error
-            except ZooError as error:
-                if _DIVERGED.match(str(error)):
-                    raise EvaluationError(str(error)) from error
-                raise
+            except DivergedError as error:
+                raise EvaluationError(str(error)) from error
             finally:
                 for name in ("last.ckpt", "weights.safetensors"):
                     (folder / name).unlink(missing_ok=True)

@@ -40,6 +40,10 @@ SECONDS_BETWEEN_REPORTS = 0.25
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class DivergedError(ZooError):
+    """The loss stopped being finite."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """What came of a run. `stopped` says why it ended; `interrupted` and `pruned` runs go on when called again."""
@@ -98,7 +102,7 @@ def fit(
 
     `resume`: `auto` goes on from `last.ckpt` if there is one, `always` insists on one, `never` starts anew and removes
     what an earlier run left. Raises ZooError if the checkpoint belongs to another model, other data or settings that
-    matter, if the loss stops being finite, or if the folder cannot be written.
+    matter, or if the folder cannot be written, and DivergedError if the loss stops being finite.
     """
     folder = Path(folder)
     data = data or load_data(
@@ -416,10 +420,10 @@ class _Run(Callback):
             )
         )
 
-    def _not_finite(self, what: str, value: float, step: int) -> ZooError:
+    def _not_finite(self, what: str, value: float, step: int) -> DivergedError:
         last = "none before it was" if self.state.loss is None else f"the last finite loss was {self.state.loss:.4f}"
         kept = f"; {self.checkpoint} holds step {self._saved_step}" if self._saved_step > 0 else ""
-        return ZooError(
+        return DivergedError(
             f"the {what} of step {step} is {value}; {last}{kept}. "
             f"A lower learning_rate than {self.settings.learning_rate:g}, a longer warm-up or a lower clip may help"
         )
