@@ -87,6 +87,21 @@ body: {layers: {repeat: {int: [5, 6]}, of: {channel: mlp, residual: {choice: [pr
 """A stack has a norm at its end unless all layers normalise the stream: layers decide about what follows them."""
 
 
+OPTIONAL = """
+width: 32
+context: 16
+stem: {type: token, vocab: 64}
+head: language_model
+body:
+  layers:
+    repeat: {int: [2, 3]}
+    of:
+      mixer: identity
+      channel: {choice: {none: null, mlp: {type: mlp, hidden: {choice: [16, 64, 256], name: hidden}}}}
+"""
+"""A shared choice that no layer at its first option asks."""
+
+
 def hybrid() -> Space:
     return Space.parse(HYBRID.read_text(), "hybrid.yaml")
 
@@ -94,7 +109,13 @@ def hybrid() -> Space:
 @cache
 def real() -> dict[str, Space]:
     """Spaces of every shape that real files have, by name."""
-    texts = {"stages": STAGES, "shared": SHARED, "everything": EVERYTHING, "residuals": RESIDUALS}
+    texts = {
+        "stages": STAGES,
+        "shared": SHARED,
+        "everything": EVERYTHING,
+        "residuals": RESIDUALS,
+        "optional": OPTIONAL,
+    }
     return {"hybrid": hybrid(), **{name: Space.parse(text, f"{name}.yaml") for name, text in texts.items()}}
 
 

@@ -21,7 +21,7 @@ from zoo.search.trial import Trial
 LOSS = parse_objectives("loss")
 CODEC = Codec(
     [
-        Decision("mixer", "choice", labels=("attention", None, True, 1, 2.5)),
+        Decision("mixer", "choice", labels=("attention", None, True, 2, 2.5)),
         Decision("depth", "int", low=2, high=9, step=3),
         Decision("rate", "float", low=0.5, high=2.0),
     ]
@@ -61,7 +61,7 @@ def test_trials_come_back_as_they_were_written(tmp_path: Path) -> None:
         trial(0),
         trial(1, None, baseline="attention", adjusted=True, also_seen=("other",)),
         trial(2, True),
-        trial(3, 1),
+        trial(3, 2),
         trial(4, 2.5, status="pruned", values=(), reason="worse"),
         trial(5, status="dropped", values=(), history={}, reason="measured 3ms"),
         trial(6, status="failed", values=(), reason="not finite"),
@@ -80,7 +80,7 @@ def test_the_study_is_an_ordinary_one(tmp_path: Path) -> None:
     backend = JournalFileBackend(str(tmp_path / JOURNAL))
     study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
     assert study.best_value == 1.0 and len(study.trials) == 3
-    assert study.trials[0].params == {"mixer": "str attention", "depth": 5, "rate": 0.75}
+    assert study.trials[0].params == {"mixer": "attention", "depth": 5, "rate": 0.75}
     assert study.trials[0].intermediate_values == {1: 3.0, 2: 2.0}
 
 

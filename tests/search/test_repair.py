@@ -91,6 +91,48 @@ def test_a_shared_choice_that_fits_nowhere_is_all_that_changes() -> None:
         assert found["heads"] != 3 or found["d"] == 48
 
 
+def test_forgetting_boards_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = spaces.real()["shared"]
+    proposals = [space.sample(random.Random(seed)) for seed in range(30)]
+    remembering = Repair(space, {}, Budget.parse("params<=30k"))
+    found = [remembering(proposal, random.Random(0)) for proposal in proposals]
+    monkeypatch.setattr(module, "MAX_BOARDS", 3)
+    forgetting = Repair(space, {}, Budget.parse("params<=30k"))
+    forgot = False
+    for proposal, expected in zip(proposals, found, strict=True):
+        before = len(forgetting._boards)
+        assert forgetting(proposal, random.Random(0)) == expected
+        forgot |= len(forgetting._boards) < before
+    assert forgot and any(found)
+
+
+def test_a_width_at_which_few_layers_are_valid_is_not_given_up() -> None:
+    space = Space.parse("""
+width: {choice: [32, 48]}
+context: 16
+stem: {type: token, vocab: 64}
+head: language_model
+body: {layers: {repeat: 12, of: {mixer: {type: attention, heads: {choice: [3, 4]}}, channel: mlp}}}
+""")
+    space.validate()
+    narrow = {name: 32 if name == "width" else 4 for name in space.first()}
+    smallest = metrics(space.spec_at(narrow))["params"]
+    assert CostTable(space, Workload()).range_of("params")[0] == smallest
+    fix = Repair(space, {}, Budget.parse(f"params<={smallest}"))
+    assert fix.infeasible() is None and fix(space.first(), random.Random(0)) == narrow
+
+
+@pytest.mark.parametrize("budget", ["params>=51424", "params<=4k", "params in [10k, 12k]", "params>=20k depth<=2"])
+def test_decisions_that_only_some_layers_ask_are_changed_too(budget: str) -> None:
+    space = spaces.real()["optional"]
+    used = Repair(space, {}, Budget.parse(budget))
+    assert used.infeasible() is None
+    for seed, proposal in enumerate(spaces.points(space)):
+        found = used(proposal, random.Random(seed))
+        assert found is not None and used.feasible(found) and space.normalised(found) == found
+        assert found == Repair(space, {}, Budget.parse(budget))(proposal, random.Random(seed))
+
+
 def test_a_point_that_meets_the_budget_is_left_alone() -> None:
     fix = repair("params<=20M")
     rng = random.Random(0)

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zoo.errors import SpecError, ZooError
-from zoo.search.program import Point
+from zoo.search.program import Decision, Point
 from zoo.search.space import Space, load_space
 from zoo.spec.document import dump, parse, spec_hash
 from zoo.spec.template import Template
@@ -279,3 +279,11 @@ def test_wide_ranges_are_never_written_out() -> None:
     point = valid_points(space, 1)[0]
     assert space.point_of(space.spec_at(point)) == point
     space.validate()
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_real_number_moves_nearby_and_stays_real(log: bool) -> None:
+    decision, rng = Decision("rate", "float", low=0.25, high=0.75, log=log), random.Random(0)
+    found = [decision.other(0.5, rng) for _ in range(50)]
+    assert all(isinstance(value, float) and 0.25 <= value <= 0.75 and value != 0.5 for value in found)
+    assert len(set(found)) > 40

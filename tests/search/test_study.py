@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,27 @@ def test_an_infinite_loss_is_a_failure(tmp_path: Path) -> None:
 
     results = search(tmp_path / "run", Infinite(), trials=10)
     assert any(trial.status == "failed" and trial.reason == "loss is inf" for trial in results.trials)
+
+
+def test_the_folder_in_which_it_runs_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        results = search(Path(), storage=url, trials=3, seed=int(name == "two"))
+        assert len(results.trials) == 3 and zoo.load("best.yaml").name == f"{name}-best"
+
+
+@pytest.mark.parametrize("pruner", ["none", "median"])
+def test_a_metric_that_is_no_number_does_not_stop_a_search(tmp_path: Path, pruner: str) -> None:
+    class Undefined(FakeEvaluator):
+        def evaluate(self, spec: Any, *rest: Any) -> Any:
+            found = super().evaluate(spec, *rest)
+            return replace(found, metrics={**found.metrics, "accuracy": float("nan")})
+
+    results = search(tmp_path / "run", Undefined(), trials=20, pruner=pruner)
+    assert results.stopped == "finished" and all("accuracy" not in trial.metrics for trial in results.trials)
+    assert any(trial.status == "pruned" for trial in results.trials) == (pruner != "none")
 
 
 def test_control_c_leaves_results_and_says_how_to_go_on(tmp_path: Path) -> None:

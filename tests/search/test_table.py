@@ -84,6 +84,26 @@ def test_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert costs.figures(point) == counted(space, point, Workload())
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_forgetting_in_the_middle_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "MAX_ROWS", 20)
+    space = spaces.real()[name]
+    costs = CostTable(space, Workload())
+    rng = random.Random(1)
+    for point in [space.sample(rng) for _ in range(20)]:
+        assert costs.figures(point) == counted(space, point, Workload())
+
+
+def test_decisions_that_only_some_layers_ask() -> None:
+    space = spaces.real()["optional"]
+    every = list(spaces.points(space))
+    found = [counted(space, point, Workload()) for point in every]
+    for point, figures in zip(every, found, strict=True):
+        assert CostTable(space, Workload()).figures(point) == figures
+    values = [figures["params"] for figures in found if figures is not None]
+    assert CostTable(space, Workload()).range_of("params") == (min(values), max(values))
+
+
 def test_invalid_combinations_have_no_figures() -> None:
     space = spaces.real()["shared"]
     costs = CostTable(space, Workload())

@@ -23,14 +23,18 @@ MAX_ASSIGNMENTS = 100_000
 
 
 def size(program: Program) -> int | None:
-    """The number of points of a space; None if a decision is a range of real numbers."""
+    """The number of points of a space.
+
+    None if a decision is a range of real numbers, or if numbers of layers follow from too many shared decisions.
+    """
     if any(decision.count is None for decision in program.decisions.values()):
         return None
-    return sum(_Counter(program, known).points() for known in _assignments(program))
+    known = _assignments(program)
+    return None if known is None else sum(_Counter(program, each).points() for each in known)
 
 
-def _assignments(program: Program) -> Iterator[Point]:
-    """Every assignment of the shared decisions that numbers of layers follow from."""
+def _assignments(program: Program) -> list[Point] | None:
+    """Every assignment of the shared decisions that numbers of layers follow from; None if there are too many."""
     known: list[Point] = [{}]
     done: set[str] = set()
     for name in sorted(_references(count.block for count in _counts(program))):
@@ -38,8 +42,8 @@ def _assignments(program: Program) -> Iterator[Point]:
             known = [more for point in known for more in _assigned(program, (Refer(name),), point, done)]
             done |= {name} | _closure(program, name)
         if len(known) > MAX_ASSIGNMENTS:
-            raise ZooError("the number of layers depends on too many shared choices to count the space")
-    yield from known
+            return None
+    return known
 
 
 def _assigned(program: Program, block: Block, point: Point, done: set[str]) -> Iterator[Point]:

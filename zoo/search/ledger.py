@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import optuna
 from optuna.distributions import (
@@ -32,6 +32,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from zoo.errors import ZooError
 from zoo.search.objective import Objective
 from zoo.search.trial import Status, Trial
+
+if TYPE_CHECKING:
+    from zoo.search.program import Decision
 
 JOURNAL = "study.journal"
 STUDY = "zoo"
@@ -120,31 +123,10 @@ def corrupt(path: Path | str, what: str) -> ZooError:
 
 
 class Codec:
-    """How points are written as parameters of Optuna trials."""
+    """How decisions are described to Optuna; a point is a trial's parameters as it is."""
 
-    def __init__(self, decisions: Sequence[Any]) -> None:
-        self.distributions: dict[str, BaseDistribution] = {}
-        self.labels: dict[str, tuple[Any, ...]] = {}
-        """The values of decisions that are kept by their text, because 1, 1.0 and true are one category to Optuna."""
-        for decision in decisions:
-            self.distributions[decision.name] = self._distribution(decision)
-
-    def _distribution(self, decision: Any) -> BaseDistribution:
-        if decision.kind == "float":
-            return FloatDistribution(decision.low, decision.high, log=decision.log)
-        step = decision.step or 1
-        if decision.kind == "int" and not (decision.log and step != 1):
-            high = decision.low + (decision.high - decision.low) // step * step
-            return IntDistribution(int(decision.low), int(high), log=decision.log, step=int(step))
-        labels = tuple(decision.labels)
-        if len(set(labels)) < len(labels):
-            self.labels[decision.name] = labels
-            labels = tuple(map(_text, labels))
-        return CategoricalDistribution(labels)
-
-    def encode(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters of a point."""
-        return {name: _text(value) if name in self.labels else value for name, value in point.items()}
+    def __init__(self, decisions: Sequence[Decision]) -> None:
+        self.distributions = {decision.name: _distribution(decision) for decision in decisions}
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
         """The value that a trial's sampler proposes for a decision."""
@@ -154,13 +136,17 @@ class Codec:
         if isinstance(distribution, IntDistribution):
             low, high = distribution.low, distribution.high
             return trial.suggest_int(name, low, high, step=distribution.step, log=distribution.log)
-        choices = cast(CategoricalDistribution, distribution).choices
-        value = trial.suggest_categorical(name, choices)
-        return self.labels[name][choices.index(value)] if name in self.labels else value
+        return trial.suggest_categorical(name, cast(CategoricalDistribution, distribution).choices)
 
 
-def _text(label: Any) -> str:
-    return f"{type(label).__name__} {label}"
+def _distribution(decision: Decision) -> BaseDistribution:
+    if decision.kind == "float":
+        return FloatDistribution(decision.low, decision.high, log=decision.log)
+    if decision.kind == "int":
+        step = decision.step or 1
+        high = decision.low + (decision.high - decision.low) // step * step
+        return IntDistribution(int(decision.low), int(high), log=decision.log, step=int(step))
+    return CategoricalDistribution(decision.labels)
 
 
 class Ledger:
@@ -201,7 +187,7 @@ class Ledger:
             ledger = cls(*_study(folder, storage, objectives))
         place = ledger.place
         attributes = ledger._attributes()
-        if identity is not None and _SEARCH not in attributes:
+        if identity is not None and _SEARCH not in attributes and not ledger.storage.get_n_trials(ledger._id):
             ledger._set(_SEARCH, {"identity": dict(identity), "about": dict(about or {})})
             attributes = ledger._attributes()
         if _SEARCH not in attributes:
@@ -297,15 +283,13 @@ def frozen_trial(
         record["slack"] = {name: value for name, value in trial.slack.items() if math.isfinite(value)}
     optional = {"baseline": trial.baseline, "adjusted": trial.adjusted, "reason": trial.reason}
     record |= {name: value for name, value in optional.items() if value}
-    if codec.labels.keys() & trial.point.keys():
-        record["point"] = trial.point
     if trial.also_seen:
         record["also_seen"] = list(trial.also_seen)
     return create_trial(
         state=_STATES[trial.status],
         values=values if directions > 1 else None,
         value=values[0] if values and directions == 1 else None,
-        params=codec.encode(trial.point),
+        params=trial.point,
         distributions={name: codec.distributions[name] for name in trial.point},
         user_attrs={_RECORD: record},
         system_attrs=dict(system_attributes or {}),
@@ -324,7 +308,8 @@ def remove(folder: Path, storage: str | None) -> None:
             raise ZooError(f"{ledger.place} is being worked on by process {_shown(worker)}; stop that first")
         if storage is not None:
             optuna.delete_study(study_name=ledger.study.study_name, storage=ledger.storage)
-    (folder / JOURNAL).unlink(missing_ok=True)
+    if storage is None:
+        (folder / JOURNAL).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -360,7 +345,7 @@ def _study(
         with _readable(place):
             opened: Any = optuna.storages.JournalStorage(JournalFile(path))
     else:
-        place, name = masked(storage), folder.name
+        place, name = masked(storage), folder.absolute().name
         try:
             opened = optuna.storages.get_storage(storage)
         except Exception as error:  # Each kind of storage, and each driver below it, raises its own.
@@ -402,7 +387,7 @@ def _thawed(frozen: FrozenTrial, place: str) -> Trial:
         return Trial(
             number=frozen.number,
             key=record["key"],
-            point=record.get("point", frozen.params),
+            point=frozen.params,
             status=record["status"],
             spec=record["spec"],
             spec_hash=record["hash"],

@@ -133,7 +133,8 @@ class Decision:
         to, back = (math.log, math.exp) if self.log else (float, float)
         spread = max((to(self.high) - to(self.low)) / 8, 1.0 * self.step if self.kind == "int" and not self.log else 0)
         for _ in range(16):
-            found = self.number(round(back(to(value) + rng.gauss(0, spread)), 0 if self.kind == "int" else None))
+            moved = back(to(value) + rng.gauss(0, spread))
+            found = self.number(round(moved) if self.kind == "int" else moved)
             if found != value:
                 return found
         return self.first if value != self.first else self.number(self.high)
@@ -255,17 +256,21 @@ class Program:
     units: tuple[Unit, ...]
     counts: Mapping[tuple[int, str], Count]
 
-    def walk(self, choose: Choose) -> Walk:
-        """Go through the template, asking `choose` for each decision that is active."""
-        walk = Walk(self, choose)
+    def walk(self, choose: Choose, *, every_layer: bool = False) -> Walk:
+        """Go through the template, asking `choose` for each decision that is active, or would be for some layers."""
+        walk = Walk(self, choose, every_layer=every_layer)
         walk.block(self.root)
         return walk
 
     @cached_property
     def outside(self) -> tuple[Decision, ...]:
         """The decisions that belong to no unit."""
-        inside = {decision.name for unit in self.units for decision in unit.decisions}
-        return tuple(decision for decision in self.decisions.values() if decision.name not in inside)
+        return tuple(decision for decision in self.decisions.values() if decision.name not in self.inside)
+
+    @cached_property
+    def inside(self) -> frozenset[str]:
+        """The names of the decisions that belong to a unit."""
+        return frozenset(decision.name for unit in self.units for decision in unit.decisions)
 
     @cached_property
     def lengths(self) -> frozenset[str]:
@@ -332,9 +337,10 @@ def _dialled(dials: list[int], sizes: list[int], names: Collection[str], point: 
 class Walk:
     """One pass over a program: the values chosen, and the units that are there."""
 
-    def __init__(self, program: Program, choose: Choose) -> None:
+    def __init__(self, program: Program, choose: Choose, *, every_layer: bool = False) -> None:
         self.program = program
         self.choose = choose
+        self.every_layer = every_layer
         self.point: Point = {}
         self.units: list[Unit] = []
         self.positions: dict[int, int] = {}
@@ -345,7 +351,10 @@ class Walk:
         for step in block:
             if isinstance(step, Decide):
                 value = self.point[step.decision.name] = self.choose(step.decision)
-                if step.branches and value in step.branches:
+                if self.every_layer and step.decision.name in self.program.inside:
+                    for branch in step.branches.values():
+                        self.block(branch)
+                elif step.branches and value in step.branches:
                     self.block(step.branches[value])
             elif isinstance(step, Refer):
                 if step.name not in self._referred:

@@ -46,6 +46,8 @@ MAX_VALUES = 24
 """Values of a decision outside of layers that are tried; of more, that many spread evenly."""
 STARTS = 8
 """Points from which a feasible one is looked for under one assignment of the decisions outside of layers."""
+MAX_BOARDS = 1024
+"""Assignments of the decisions outside of layers that are remembered before they are forgotten."""
 MAX_ANCHORS = 8
 MAX_DESCENTS = 48
 """Points that meet the budget, and attempts to find one, after which no more are looked for."""
@@ -100,7 +102,10 @@ class Board:
 
 @dataclass(slots=True, eq=False)
 class State:
-    """Where a repair stands: the decisions outside of layers, the setting of each layer, and what they come to."""
+    """Where a repair stands: the decisions outside of layers, the setting of each layer, and what they come to.
+
+    outside: all of them; those that are not active now may become so as layers change.
+    """
 
     outside: Point
     board: Board
@@ -139,10 +144,9 @@ class Repair:
         self._strict = bool((self._strict_low | self._strict_high).any())
         self._boards: dict[tuple[Value, ...], Board | None] = {}
         self._offers: dict[int, tuple[Options, Floats, Floats]] = {}
-        self._moves: dict[tuple[Value, ...], tuple[Point, Board | None]] = {}
         self._carries: dict[tuple[int, int], list[tuple[list[int], list[int], int]]] = {}
         self._anchors: list[Point] | None = None
-        self._outside = [decision.name for decision in space.program.outside]
+        self._outside = {decision.name: decision.first for decision in space.program.outside}
 
     def __call__(self, proposal: Point, rng: random.Random, keep: Collection[str] = ()) -> Point | None:
         """The nearest point to a normalised one that was found to be valid and to meet every term that can be counted.
@@ -151,6 +155,8 @@ class Repair:
         """
         if self.feasible(proposal):
             return proposal
+        if len(self._boards) > MAX_BOARDS:
+            self._boards, self._offers, self._carries = {}, {}, {}
         kept = frozenset(keep)
         state = self._state(proposal) or self._beside(proposal, kept, rng)
         if state is not None:
@@ -326,7 +332,7 @@ class Repair:
 
     def _starts(self, point: Point, rng: random.Random) -> Iterator[State]:
         """States under one assignment of the decisions outside of layers: the extremes of each term, then any."""
-        outside = {name: value for name, value in point.items() if name in self._outside}
+        outside = self._around(point)
         board = self._board(point)
         if board is None or not self._within_reach(board, point):
             return
@@ -344,9 +350,13 @@ class Repair:
         for picks in drawn:
             yield self._at(outside, board, picks)
 
+    def _around(self, point: Mapping[str, Value]) -> Point:
+        """The decisions outside of layers; those that no layer of the point makes active are at their first value."""
+        return {name: point.get(name, first) for name, first in self._outside.items()}
+
     def _board(self, point: Mapping[str, Value]) -> Board | None:
         """The layers under the decisions outside of them that a point has; None if nothing valid is there."""
-        key = tuple(map(point.get, self._outside))
+        key = tuple(self._around(point).values())
         if key not in self._boards:
             self._boards[key] = self._laid(point)
         return self._boards[key]
@@ -414,7 +424,7 @@ class Repair:
             self._pick(board.kinds[kind].options, unit.setting(program, point))
             for unit, kind in zip(board.units, board.kind_of, strict=True)
         ]
-        outside = {name: value for name, value in point.items() if name in self._outside}
+        outside = self._around(point)
         return self._at(outside, board, picks)
 
     def _beside(self, point: Point, kept: frozenset[str], rng: random.Random) -> State | None:
@@ -553,9 +563,9 @@ class Repair:
         """
         best: list[tuple[float, State]] = []
         lengths = self.space.program.lengths
-        for name in state.outside:
+        for name in self.space.normalised(self._point(state)):
             decision = self.space.program.decisions[name]
-            if name in kept or decision.count == 1:
+            if name not in state.outside or name in kept or decision.count == 1:
                 continue
             for value in _spread(decision, state.outside[name]):
                 other = self._moved(state, name, value, rng)
@@ -572,19 +582,14 @@ class Repair:
     def _moved(self, state: State, name: str, value: Value, rng: random.Random) -> State | None:
         """The state with one decision outside of layers changed; layers keep their settings where they can."""
         outside = {**state.outside, name: value}
-        key = tuple(map(outside.get, self._outside))
-        if key not in self._moves:
-            completed = self.space.normalised({**self._point(state), name: value})
-            opened = {name: completed[name] for name in self._outside if name in completed and name not in outside}
-            self._moves[key] = opened, self._board(completed)
-        opened, board = self._moves[key]
+        board = self._board(outside)
         if board is None:
             return None
         picks = [
             there[state.picks[sources[int(rng.random() * len(sources))]]] if sources else int(rng.random() * many)
             for sources, there, many in self._carried(state.board, board)
         ]
-        return self._at(outside | opened, board, picks)
+        return self._at(outside, board, picks)
 
     def _carried(self, old: Board, new: Board) -> list[tuple[list[int], list[int], int]]:
         """For each layer of a board where it takes its setting from, its options by those there, and how many it has.

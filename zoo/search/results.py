@@ -225,7 +225,7 @@ class Writer:
     def _spec(self, trial: Trial, suffix: str) -> str:
         key = (trial.number, suffix)
         if key not in self._specs:
-            self._specs[key] = spec_text(trial, f"{self.folder.name}-{suffix}", self.about, self.objectives)
+            self._specs[key] = spec_text(trial, f"{self.folder.absolute().name}-{suffix}", self.about, self.objectives)
         return self._specs[key]
 
 

@@ -80,7 +80,7 @@ class Space:
         return _sha([root, variables])
 
     def size(self) -> int | None:
-        """The exact number of points; None if a decision is a range of real numbers."""
+        """The exact number of points; None if there is none, or too many shared choices decide about depth."""
         return size(self.program)
 
     def spec_at(self, point: Mapping[str, Value]) -> Spec:

@@ -474,7 +474,7 @@ class _Search:
             return replace(trial, status="failed", reason=reason[:500], history=history)
         metrics = {**trial.metrics, **found.metrics}
         if found.stopped:
-            return replace(trial, status="pruned", metrics=metrics, history=history)
+            return replace(trial, status="pruned", metrics=_finite(metrics), history=history)
         return self._complete(trial, metrics, found, history)
 
     def _stand_in(self, twin: Twin, number: int) -> Any:
@@ -496,9 +496,8 @@ class _Search:
             values.append(float(metrics[name]))
         if not all(map(math.isfinite, values)):
             reason = ", ".join(f"{o.name} is {v}" for o, v in zip(self.objectives, values) if not math.isfinite(v))
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            return replace(trial, status="failed", reason=reason, metrics=finite, history=history)
-        return replace(trial, status="complete", values=tuple(values), metrics=metrics, history=history)
+            return replace(trial, status="failed", reason=reason, metrics=_finite(metrics), history=history)
+        return replace(trial, status="complete", values=tuple(values), metrics=_finite(metrics), history=history)
 
     def _record(self, trial: Trial) -> None:
         notes = {}
@@ -526,6 +525,11 @@ class _Search:
             self.trained_baselines.add(trial.baseline)
         if self.twin is not None:
             self.twin.add(frozen)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are numbers: results.json has no place for others."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _place(decision: str) -> str:

@@ -46,7 +46,7 @@ MAX_ASSIGNMENTS = 256
 DRAWS = 64
 """Points that are drawn to find an extreme where layers cannot be told apart."""
 SURVEYS = 4
-"""How many points are drawn to find a valid one with the same surroundings."""
+"""How many points are drawn to find a valid one with the same surroundings; then as many whose layers are alike."""
 MAX_ROWS = 200_000
 """Rows and whole candidates that are remembered before everything is forgotten."""
 
@@ -132,8 +132,8 @@ class CostTable:
         self.work = work
         self.separable = True
         program = space.program
-        self._outside = tuple(decision.name for decision in program.outside)
-        self._keyed = tuple(name for name in self._outside if name not in program.lengths)
+        self._outside = {decision.name: decision.first for decision in program.outside}
+        self._firsts = tuple(self._outside.values())
         self._forget()
 
     def _forget(self) -> None:
@@ -150,7 +150,9 @@ class CostTable:
         """All analytic figures of a normalised point; None for combinations that are invalid across fields."""
         if not self.separable:
             return self._counted(point)
-        layout = self._layouts.get(tuple(map(point.get, self._outside))) or self.layout(point)
+        if self._rows > MAX_ROWS:
+            self._forget()
+        layout = self._layouts.get(tuple(map(point.get, self._outside, self._firsts))) or self.layout(point)
         rows = self.rows(point, layout)
         if rows is None:
             return None if self.separable else self._counted(point)
@@ -167,13 +169,14 @@ class CostTable:
         return figures(Tally(*total, peak=peak), layout.surroundings.work)  # type: ignore[arg-type]
 
     def layout(self, point: Mapping[str, Value]) -> Layout:
-        """Which layers there are at a point."""
-        key = tuple(map(point.get, self._outside))
+        """Which layers there are at a point; decisions that are not active there count as at their first value."""
+        key = tuple(map(point.get, self._outside, self._firsts))
         known = self._layouts.get(key)
         if known is None:
             walk = self.space.walk(point)
             units = tuple(walk.units)
-            around = tuple(map(point.get, self._keyed))
+            lengths = self.space.program.lengths
+            around = tuple(value for name, value in zip(self._outside, key, strict=True) if name not in lengths)
             if around not in self._surroundings:
                 self._surroundings[around] = Surroundings(self.work)
             starts = [i for i, unit in enumerate(units) if not i or unit.where[:-1] != units[i - 1].where[:-1]]
@@ -205,10 +208,6 @@ class CostTable:
     def _learn(self, point: Mapping[str, Value], layout: Layout) -> bool:
         """Count what is not known of a point yet; false if that finds it invalid, or the space not separable."""
         around = layout.surroundings
-        if self._rows > MAX_ROWS:
-            self._forget()
-            layout = self.layout(point)
-            around = layout.surroundings
         lists = {unit.where[:-1] for unit in layout.units}
         if not (around.frames and lists <= around.spots.keys()) and not self._survey(self._shortened(point), lists):
             return self._survey(point, lists) and self.separable
@@ -224,9 +223,13 @@ class CostTable:
         return True
 
     def _shortened(self, point: Mapping[str, Value]) -> Point:
-        """The point with its lengths at their first values, so that little is counted to know what is around layers."""
+        """The point with its lengths at their first values, so that little is counted to know what is around layers.
+
+        Decisions that are not active any more stay, so that what is around the layers is the same.
+        """
         lengths = self.space.program.lengths
-        return self.space.normalised({name: value for name, value in point.items() if name not in lengths})
+        kept = {name: value for name, value in point.items() if name not in lengths}
+        return {**kept, **self.space.normalised(kept)}
 
     def _track(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> tuple[tuple[str, ...], _Node]:
         names = tuple(decision.name for decision in unit.decisions)
@@ -234,7 +237,7 @@ class CostTable:
 
     def _root(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> _Node:
         """The tree of rows of a layer, shared by all that are made alike and stand alike."""
-        shared = tuple(point.get(name) for name in self._referred(unit))
+        shared = tuple(point.get(name, self._outside[name]) for name in self._referred(unit))
         key = (id(unit.part), around.spots[unit.where[:-1]][1], shared)
         return self._roots.setdefault(key, _Node())
 
@@ -421,17 +424,20 @@ class CostTable:
         return best
 
     def assignments(self) -> Iterator[Point]:
-        """Points with different values of the decisions outside of layers; the layers' own are at their first."""
+        """Points with different values of the decisions outside of layers; the layers' own are at their first.
+
+        Decisions that other layers would make active are among them.
+        """
         program = self.space.program
 
         def run(choose: Choose) -> Point:
-            return program.walk(choose).point
+            return program.walk(choose, every_layer=True).point
 
         around = program.reach(program.root) & set(self._outside)
         found = list(islice(every(run, around, {}), MAX_ASSIGNMENTS + 1))
         if len(found) > MAX_ASSIGNMENTS:
             rng = random.Random(0)
-            ends = [program.walk(lambda decision, end=end: decision.values()[end]).point for end in (0, -1)]
+            ends = [run(lambda decision, end=end: decision.values()[end]) for end in (0, -1)]
             found = ends + [self.space.sample(rng) for _ in range(MAX_ASSIGNMENTS // 4)]
         for point in found:
             lengths = list(islice(every(run, program.lengths, point), MAX_ASSIGNMENTS + 1))
@@ -445,14 +451,14 @@ class CostTable:
             def choose(decision: Decision, end: int = end) -> Value:
                 return decision.values()[end] if decision.name in lengths else point.get(decision.name, decision.first)
 
-            yield self.space.decide(choose)
+            yield {**point, **self.space.decide(choose)}
 
     def _extreme(self, metric: str, point: Point, largest: bool) -> tuple[float, Point] | None:
         """The extreme under the decisions outside of layers that a point has; None if nothing there is valid."""
         figures = self.figures(point)
         layout = self.layout(point)
         if not self.separable or not self.surveyed(point):
-            return None if figures is None else (figures[metric], point)
+            return None if figures is None else (figures[metric], self.space.normalised(point))
         weights, peak = linear(metric, layout.surroundings.work)
         options = [self.options(unit, point, layout) for unit in layout.units]
         sign = -1 if largest else 1
@@ -492,13 +498,27 @@ class CostTable:
         if lists in around.hopeless:
             return False
         rng = random.Random(0)
-        outside = {name: value for name, value in point.items() if name in self._outside}
-        for _ in range(SURVEYS):
-            drawn = self.space.complete(outside, rng)
+        outside = {name: point.get(name, first) for name, first in self._outside.items()}
+        for number in range(2 * SURVEYS):
+            found = self.space.complete(outside, rng) if number < SURVEYS else self._uniform(outside, rng)
+            drawn = {**outside, **found}
             if self._survey(self._shortened(drawn), lists) or self._survey(drawn, lists):
                 return True
         around.hopeless.append(lists)
         return False
+
+    def _uniform(self, outside: Point, rng: random.Random) -> Point:
+        """A point at random whose layers of one part are alike: where few of them are valid, it is so more often."""
+        program = self.space.program
+        places = {name: (id(unit.part), slot) for unit in program.units for name, slot in unit.index.items()}
+        drawn: dict[tuple[int, int], Value] = {}
+
+        def choose(decision: Decision) -> Value:
+            if decision.name in outside:
+                return outside[decision.name]
+            return drawn.setdefault(places[decision.name], decision.draw(rng))
+
+        return self.space.decide(choose)
 
     def _number(self, spot: Spot) -> int:
         """The number of a spot; those at which layers cost the same have one in common."""

@@ -61,13 +61,13 @@ class _Validator:
             if len(self.tried) == before:
                 break
         rng = random.Random(0)
-        for _ in range(COMPANIES):
+        for number in range(COMPANIES):
             wrong = self.tried - self.right
             if not wrong:
                 return []
             forced = sorted(((place, value) for place, value in wrong if isinstance(place, str)), key=str)
             self.tried = set(self.right)
-            self.attempt(outside=dict([rng.choice(forced)]) if forced else {}, rng=rng)
+            self.attempt(outside=dict([rng.choice(forced)]) if forced else {}, rng=rng, alike=number % 2 == 1)
             self.tried |= wrong
         found = [problem for choice in self.tried - self.right for problem in self.blamed.get(choice, ())]
         return _once(found or (() if self.right or not self.general else self.general))
@@ -76,12 +76,17 @@ class _Validator:
         """What is tried of a decision: every option, the ends of a range."""
         return decision.labels if decision.kind == "choice" else (decision.first, decision.values()[-1])
 
-    def attempt(self, outside: dict[str, Value] | None = None, rng: random.Random | None = None) -> None:
-        """Build a spec with as many untried options of layers as there are layers to try them in."""
+    def attempt(
+        self, outside: dict[str, Value] | None = None, rng: random.Random | None = None, *, alike: bool = False
+    ) -> None:
+        """Build a spec with as many untried options of layers as there are layers to try them in.
+
+        What else is drawn with `rng` is drawn once for all layers that are `alike`.
+        """
         outside = outside or {}
         failed: set[str] = set()
         for _ in range(RETRIES):
-            walk = self.space.program.walk(partial(self.choose, outside, failed, rng))
+            walk = self.space.program.walk(partial(self.choose, outside, failed, rng, {} if alike else None))
             choices = {name: (self.places[name], value) for name, value in walk.point.items()}
             self.tried |= {*choices.values()}
             try:
@@ -96,7 +101,12 @@ class _Validator:
                 return
 
     def choose(
-        self, outside: dict[str, Value], failed: set[str], rng: random.Random | None, decision: Decision
+        self,
+        outside: dict[str, Value],
+        failed: set[str],
+        rng: random.Random | None,
+        drawn: dict[Place, Value] | None,
+        decision: Decision,
     ) -> Value:
         """The value to try: one that is asked for, an untried one in a layer that has not failed, else a plain one."""
         name = decision.name
@@ -110,7 +120,10 @@ class _Validator:
                     return value
         if name in self.space.program.lengths:
             return self.values(decision)[-1]
-        return decision.first if rng is None else decision.draw(rng)
+        if rng is None:
+            return decision.first
+        value = decision.draw(rng)
+        return value if drawn is None else drawn.setdefault(self.places[name], value)
 
     def blame(
         self, found: Iterable[Problem], walk: Walk, choices: dict[str, Choice], outside: dict[str, Value]
