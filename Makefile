@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: setup demo test kernels lint types bench clean
+.PHONY: setup demo test kernels kernels-static lint types bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --zoo-specs specs -n 2 --dist worksteal
+
+kernels: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+
+kernels-static: setup
+	$(BIN)/python -m bench.kernels_static
 
 lint: setup
 	$(BIN)/ruff check .

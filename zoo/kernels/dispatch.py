@@ -34,11 +34,15 @@ HOMES: Mapping[str, str] = {
 
 
 class Call(NamedTuple):
-    """What an implementation may base its answer on; `facts` holds shapes and flags under the primitive's own names."""
+    """What an implementation may base its answer on; `facts` holds shapes and flags under the primitive's own names.
+
+    `chosen` tells that the implementation was asked for by `use`.
+    """
 
     device: str
     dtype: torch.dtype
     facts: Mapping[str, Any] = {}
+    chosen: bool = False
 
 
 def serves_all(call: Call) -> str | None:
@@ -75,7 +79,7 @@ class Primitive:
         name = chosen(self.name)
         if name is not None:
             implementation = self._by_name[name]
-            reason = implementation.supports(call)
+            reason = implementation.supports(call._replace(chosen=True))
             if reason is not None:
                 raise ZooError(f"{self.name}: the implementation {name!r} was chosen but cannot serve: {reason}")
             return implementation.function

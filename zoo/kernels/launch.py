@@ -1,0 +1,142 @@
+"""Where Triton kernels can run, and with which launch configuration.
+
+A kernel has at most three configurations for each architecture, in `launch.json` of its primitive's folder:
+
+    {"attention_forward": {"sm_90": [{"when": {"head_dim": 64}, "BLOCK": 128, "num_warps": 4, "num_stages": 3}, {...}]}}
+
+The first whose bounds (`when`, inclusive, none in the last) hold for the sizes of a call is taken. Nothing is tuned at
+run time: what runs is what was tested.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    import torch
+
+    from zoo.kernels.dispatch import Call
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+MOST_CONFIGURATIONS = 3
+LARGEST = 2**31
+"""Elements from which a tensor's offsets no longer fit 32 bits; kernels compute offsets of rows in 64."""
+
+Configuration = Mapping[str, Any]
+Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
+
+_stand_in: ContextVar[str | None] = ContextVar("stand_in", default=None)
+_forced: ContextVar[Mapping[str, int]] = ContextVar("forced", default=MappingProxyType({}))
+
+
+@contextmanager
+def without_gpu(architecture: str) -> Iterator[None]:
+    """Within the block kernels that were chosen by `use` take CPU tensors, configured for `architecture`.
+
+    For harnesses that interpret or only compile them; nothing else makes a kernel run on the CPU.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ZooError(f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+    token = _stand_in.set(architecture)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+@contextmanager
+def configured(**indices: int) -> Iterator[None]:
+    """Within the block the named kernels run with the configuration of that index, whatever the sizes."""
+    token = _forced.set({**_forced.get(), **indices})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def refusal(call: Call, dtypes: Collection[str] = ("float32", "float16", "bfloat16")) -> str | None:
+    """Why no Triton kernel can serve a call, whatever it computes; None if one may."""
+    if call.device == "cpu":
+        if not (call.chosen and _stand_in.get()):
+            return "needs a CUDA device"
+    elif call.device != "cuda":
+        return f"needs a CUDA device, not {call.device}"
+    elif not sys.platform.startswith("linux"):
+        return f"Triton runs on Linux, not on {sys.platform}"
+    elif (reason := _too_old()) is not None:
+        return reason
+    name = str(call.dtype).removeprefix("torch.")
+    return None if name in dtypes else f"takes {', '.join(dtypes)}, not {name}"
+
+
+@cache
+def _too_old() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no CUDA device on this machine"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0 or newer, the device has {major}.{minor}"
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose configurations a device takes: the newest of its family that is not newer than it."""
+    stand_in = _stand_in.get()
+    if stand_in is not None:
+        return stand_in
+    import torch
+
+    major, _ = torch.cuda.get_device_capability(device)
+    # 12.x has the memory and the instructions of 8.x, whatever its number says.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+class Launches:
+    """The launch configurations of a primitive's kernels; `folder` is the primitive's, below `zoo.kernels`."""
+
+    def __init__(self, folder: str) -> None:
+        text = (files("zoo.kernels") / folder / "launch.json").read_text(encoding="utf-8")
+        self.kernels: Mapping[str, Mapping[str, list[Configuration]]] = json.loads(text)
+
+    def of(self, kernel: str, architecture: str) -> list[Configuration]:
+        """The configurations of a kernel, without their bounds."""
+        found = self.kernels[kernel][architecture]
+        return [{name: value for name, value in one.items() if name != "when"} for one in found]
+
+    def run(
+        self, kernel: Any, grid: Grid, device: torch.device, sizes: Mapping[str, int], *arguments: Any, **constants: Any
+    ) -> None:
+        """Launch a kernel on a grid, which may hang on its configuration, for a call of these sizes."""
+        kernel[grid](*arguments, **constants, **self.configuration(kernel.__name__, device, sizes))
+
+    def configuration(self, kernel: str, device: torch.device, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Keyword arguments of a launch for a call of these sizes."""
+        target = architecture(device)
+        index = _forced.get().get(kernel)
+        if index is None:
+            bounds = [one.get("when", {}) for one in self.kernels[kernel][target]]
+            index = next(
+                (i for i, when in enumerate(bounds) if all(sizes[name] <= most for name, most in when.items())),
+                len(bounds) - 1,
+            )
+        # Said explicitly because Triton's default is about to change.
+        return {"enable_fp_fusion": True, **self.of(kernel, target)[index]}
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device: the programs of a launch in which each takes a share of the rows."""
+    if _stand_in.get() is not None:
+        return 4
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count
