@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from zoo.builder import Block, declared, empty_state, initialize
 from zoo.context import Context
 from zoo.errors import ZooError
 from zoo.generate import generate
+from zoo.kernels.dispatch import use
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ class Model(Block):
             hidden=[] if hidden_states else None,
             checkpointing=self.checkpointing,
         )
-        logits, tree = super().forward(inputs, ctx, None if state is None else state.tree)
+        with use(**self.spec.kernel_choices) if self.spec.kernels else nullcontext():
+            logits, tree = super().forward(inputs, ctx, None if state is None else state.tree)
         return Output(
             logits=logits,
             losses={name: torch.stack(values).sum() for name, values in ctx.losses.items()},

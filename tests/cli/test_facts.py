@@ -159,6 +159,19 @@ def test_kernels_are_explained(zoo: Runner) -> None:
     assert all(row["primitive"] for row in zoo("kernels", "--json").json)
 
 
+def test_the_calls_of_a_model_are_explained(zoo: Runner) -> None:
+    ran = zoo("kernels", "explain", "tiny-bytes", "--seq", "32")
+    assert ran.code == 0 and "attention" in ran.out and "decode" in ran.out
+    found = zoo("kernels", "explain", "tiny-bytes", "--seq", "32", "--device", "cuda", "--json").json
+    assert {choice["phase"] for choice in found} == {"forward", "decode"} and all(choice["runs"] for choice in found)
+    assert zoo("kernels", "explain", "tiny-bites").code == 2
+
+
+def test_recorded_timings_are_printed_or_missed(zoo: Runner) -> None:
+    ran = zoo("kernels", "bench")
+    assert (ran.code == 0 and "torch" in ran.out) or (ran.code == 2 and "bench.gpu" in ran.err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -31,6 +31,8 @@ from zoo.component import (
 )
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost
+from zoo.errors import did_you_mean
+from zoo.kernels.dispatch import HOMES, IMPLEMENTATIONS
 from zoo.memo import memoized
 from zoo.registry import Role, register
 
@@ -75,6 +77,8 @@ class Spec(Component):
     """Entries of the catalogue that it expresses."""
     published: Annotated[Component, Slot(Role.RECORD, default="published")] | None = None
     """Figures that the counts are checked against."""
+    kernels: tuple[str, ...] = ()
+    """Implementations that primitives run whatever the device, such as `attention=reference`; see `zoo kernels`."""
 
     width: Size
     """Channels of the stream between stem and body."""
@@ -96,11 +100,21 @@ class Spec(Component):
     """What is asked of the stream."""
 
     @property
+    def kernel_choices(self) -> Mapping[str, str]:
+        """`kernels` as a mapping from primitives to implementations."""
+        return {name: implementation for name, _, implementation in (each.partition("=") for each in self.kernels)}
+
+    @property
     def hash(self) -> str:
         """The identity of the architecture; see `zoo.spec.document.spec_hash`."""
         from zoo.spec.document import spec_hash
 
         return spec_hash(self)
+
+    @property
+    def computation(self) -> str:
+        """The hash, and the implementations that were chosen: what a latency belongs to."""
+        return "+".join([self.hash, *sorted(self.kernels)])
 
     def root(self) -> Scope:
         """The scope in front of the stem."""
@@ -124,6 +138,14 @@ class Spec(Component):
     def check(self, scope: Scope) -> Iterator[Complaint]:
         if isinstance(self.head, HeadBase) and self.head.causal and not scope.causal:
             yield Complaint("causal", "a language model that sees later tokens has nothing to predict; remove `causal`")
+        for index, (name, implementation) in enumerate(self.kernel_choices.items()):
+            if name not in HOMES:
+                message = f"no primitive is called {name!r}{did_you_mean(name, HOMES)}"
+            elif implementation not in IMPLEMENTATIONS:
+                message = f"expected {name}=IMPLEMENTATION with {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+            else:
+                continue
+            yield Complaint(f"kernels[{index}]", message)
 
     def children(self, scope: Scope) -> Mapping[str, Child]:
         inside = self.stem.out(scope)

@@ -192,12 +192,40 @@ def train(
     raise typer.Exit(train_model(spec, settings, out, checkpointing, compile, fresh, json))
 
 
-@app.command()
-def kernels(device: Device = "cpu", dtype: Dtype = "float32", json: Json = False) -> None:
+kernels = typer.Typer(help="Show which implementation of each primitive runs on a device, and why.")
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.callback(invoke_without_command=True)
+def _kernels(context: typer.Context, device: Device = "cpu", dtype: Dtype = "float32", json: Json = False) -> None:
     """Show for each primitive which implementation runs on a device, and why the others do not."""
     from zoo.cli.facts import print_kernels
 
-    print_kernels(device, dtype, json)
+    if context.invoked_subcommand is None:
+        print_kernels(device, dtype, json)
+
+
+@kernels.command()
+def explain(
+    spec: SpecArgument,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    seq: Seq = None,
+    json: Json = False,
+) -> None:
+    """Show what each call of a model would run, and what every other implementation says against it."""
+    from zoo.cli.facts import print_choices
+
+    print_choices(spec, device, dtype, batch, seq, json)
+
+
+@kernels.command("bench")
+def bench_(json: Json = False) -> None:
+    """Print the timings of the kernels on GPUs that are recorded with this package."""
+    from zoo.cli.facts import print_kernel_timings
+
+    print_kernel_timings(json)
 
 
 @app.command()

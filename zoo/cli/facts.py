@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, 
 from zoo.errors import ZooError, did_you_mean
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     from zoo.accounting import Tally, Workload
     from zoo.blocks.model import Spec
     from zoo.component import Component
@@ -293,6 +295,67 @@ def print_kernels(device: str, dtype: str, as_json: bool) -> None:
     print_table(f"{device}, {dtype}", ("primitive", "implementation", "verdict"), table)
 
 
+def print_choices(name: str, device: str, dtype: str, batch: int, seq: int | None, as_json: bool) -> None:
+    """Print what each call of a model would run on a device, and why not another implementation."""
+    from dataclasses import asdict
+
+    from zoo.accounting import ALIASES
+    from zoo.choices import choices
+    from zoo.spec.document import load
+
+    spec = load(name)
+    found = choices(spec, device, ALIASES.get(dtype, dtype), batch=batch, tokens=seq)
+    if as_json:
+        print_json([asdict(choice) for choice in found])
+        return
+    table = [
+        (
+            choice.phase,
+            choice.primitive,
+            str(choice.count),
+            _call_facts(choice.facts),
+            choice.runs or "nothing",
+            "; ".join(f"{one}: {reason}" for one, reason in choice.refusals.items()),
+        )
+        for choice in found
+    ]
+    print_table(f"{name} on {device}, {dtype}", ("phase", "primitive", "calls", "facts", "runs", "refused"), table)
+
+
+def _call_facts(facts: Mapping[str, Any]) -> str:
+    """Shapes and flags of a call; flags that are off are left out."""
+    shown = (
+        name if value is True else f"{name}={value}" for name, value in facts.items() if value not in (None, False)
+    )
+    return " ".join(shown)
+
+
+def print_kernel_timings(as_json: bool) -> None:
+    """Print the recorded timings of kernels on GPUs, each against a public implementation in the same run."""
+    import json
+    from importlib.resources import files
+
+    folder = files("zoo.kernels") / "timings"
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in _json_files(folder)]
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        raise ZooError(
+            "no timings are recorded with this version; `python -m bench.gpu` makes them where there is a GPU"
+        )
+    for each in found:
+        versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
+        title = f"{each['device']}, {each['date']}: {versions}"
+        table = (tuple(str(value) for value in row.values()) for row in each["rows"])
+        print_table(title, tuple(each["rows"][0]), table)
+
+
+def _json_files(folder: Traversable) -> list[Traversable]:
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return sorted((file for file in inside if file.name.endswith(".json")), key=lambda file: file.name)
+
+
 def _measured(spec: Spec, work: Workload, device: str) -> Iterator[tuple[str, dict[str, float]]]:
     """Timings of a forward pass and, for language models, of one decoding step."""
     from zoo.accounting import ALIASES
@@ -300,9 +363,8 @@ def _measured(spec: Spec, work: Workload, device: str) -> Iterator[tuple[str, di
     from zoo.device import resolve_device
     from zoo.latency import Context, MeasuredLatency
     from zoo.model import build
-    from zoo.spec.document import spec_hash
 
-    source = MeasuredLatency[Spec](resolve_device(device), build, spec_hash)
+    source = MeasuredLatency[Spec](resolve_device(device), build, lambda spec: spec.computation)
     assert work.seq is not None and work.past is not None
     context = Context(work.batch, work.seq, work.past, ALIASES.get(work.dtype, work.dtype))
     phases = ("forward", "decode") if getattr(spec.head, "kind", "") == "language_model" else ("forward",)

@@ -23,14 +23,20 @@ if TYPE_CHECKING:
 HOMES: Mapping[str, str] = {
     "attention": "softmax_attention",
     "recurrence": "linear_recurrence",
+    "delta_rule": "delta_rule",
     "selective_scan": "scan",
     "causal_convolution": "convolution",
     "grouped_matmul": "grouped",
     "rms_norm": "pointwise",
     "layer_norm": "pointwise",
     "rotary": "pointwise",
+    "rotary_pair": "pointwise",
+    "gated_activation": "pointwise",
+    "polynomial_activation": "pointwise",
 }
 """Where the table of each primitive lives, below `zoo.kernels`."""
+IMPLEMENTATIONS = ("triton", "torch", "reference")
+"""What implementations are called; not every primitive has all."""
 
 
 class Call(NamedTuple):
@@ -76,6 +82,9 @@ class Primitive:
 
         Raises `ZooError` with the reason if the chosen one, or every one, refuses.
         """
+        notes = _observer()
+        if notes is not None:
+            notes.append((self, call))
         name = chosen(self.name)
         if name is not None:
             implementation = self._by_name[name]
@@ -116,9 +125,28 @@ def chosen(primitive: str) -> str | None:
     return _choices.get().get(primitive)
 
 
+_notes: ContextVar[list[tuple[Primitive, Call]] | None] = ContextVar("notes", default=None)
+
+
+def _observer() -> list[tuple[Primitive, Call]] | None:
+    return _notes.get()
+
+
 # Dynamo cannot trace a context variable; under this mark it calls the function once and keeps the result. It is what
 # `torch.compiler.assume_constant_result` sets, without importing torch.
-chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (chosen, _observer):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def observed() -> Iterator[list[tuple[Primitive, Call]]]:
+    """Within the block every call of a primitive is noted, in order, whichever implementation serves it."""
+    notes: list[tuple[Primitive, Call]] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 def primitive(name: str) -> Primitive:
@@ -146,20 +174,29 @@ def use(**choices: str) -> Iterator[None]:
 
 def explain(device: str = "cpu", dtype: str | torch.dtype = "float32") -> list[Row]:
     """For each primitive, in order of preference, which implementations serve on `device` in `dtype`, or why not."""
-    import torch
-
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise ZooError(f"{dtype!r} is no dtype; expected one such as 'float32', 'bfloat16' or 'float64'")
-        dtype = found
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as problem:
-        raise ZooError(f"{device!r} is no device; expected one such as 'cpu' or 'cuda:0'") from problem
-    call = Call(kind, dtype)
+    call = Call(device_kind(device), as_dtype(dtype))
     return [
         Row(name, implementation.name, implementation.supports(call))
         for name in HOMES
         for implementation in primitive(name).implementations
     ]
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype from its name; raises `ZooError` for what is none."""
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ZooError(f"{dtype!r} is no dtype; expected one such as 'float32', 'bfloat16' or 'float64'")
+    return found
+
+
+def device_kind(device: str) -> str:
+    """`cuda` of `cuda:1`; raises `ZooError` for what is no device."""
+    import torch
+
+    try:
+        return torch.device(device).type
+    except RuntimeError as problem:
+        raise ZooError(f"{device!r} is no device; expected one such as 'cpu' or 'cuda:0'") from problem

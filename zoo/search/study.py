@@ -581,7 +581,7 @@ class _Measured:
     def __call__(self, device: str) -> LatencySource:
         if device not in self._sources:
             self._sources[device] = MeasuredLatency(
-                resolve_device(device, self._threads), _built, lambda spec: spec.hash
+                resolve_device(device, self._threads), _built, lambda spec: spec.computation
             )
         return self._sources[device]
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MAX_EXTENDS = 16
 SUFFIXES = (".yaml", ".yml")
-METADATA = ("zoo", "name", "summary", "sources", "catalogue", "published")
-"""Fields of the root that say something about an architecture and are no part of it."""
+METADATA = ("zoo", "name", "summary", "sources", "catalogue", "published", "kernels")
+"""Fields of the root that say something about an architecture or how it is computed, and are no part of it."""
 _HOLDERS = (Role.MODEL, Role.BODY, Role.STAGE, Role.LAYER)
 _ROOT_MARKERS = (".git", "pyproject.toml")
 
