@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,42 +21,114 @@ from torch import Tensor, nn
 from transformers import Mamba2Config
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, mamba2_chunk_scan
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from bench.record import arguments, finish, publish
 from zoo import kernels
 
 LENGTH, WIDTH, HEAD_DIM, STATE_DIM = 2048, 512, 64, 64
+LENGTHS, LINEAR = (4096, 8192), 2.2
+"""Lengths whose times are compared, and the most that the longer may take of the shorter's time."""
 SLOW_MS = 5e3
 REPEATS = 9
+ATTENTION = "full causal attention"
 
 Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
+class Rival:
+    """Another way to the same, and how many times longer it has to take, forward and with the backward pass."""
+
+    run: Run
+    forward: float | None = None
+    backward: float | None = None
+    differentiated: bool = True
+
+
+@dataclass(frozen=True)
 class Contest:
-    """Something to compute, our way and others', with the ratio required against each."""
+    """Something to compute, our way and others'; `share` is the most that ours may take of causal attention's time."""
 
     what: str
     ours: Run
-    competitors: dict[str, tuple[Run, float | None]]
-    same_result: bool = True
-    forward_only: frozenset[str] = frozenset()
+    rivals: dict[str, Rival]
+    share: float | None = None
 
 
-def linear_attention() -> Contest:
-    q, k, v = (torch.randn(1, LENGTH, WIDTH // HEAD_DIM, HEAD_DIM, requires_grad=True) for _ in range(3))
+def heads_of(length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[1, length, heads, head_dim]`."""
+    q, k, v = (torch.randn(1, length, WIDTH // HEAD_DIM, HEAD_DIM, requires_grad=True) for _ in range(3))
+    return q, k, v
+
+
+def forgetting(*shape: int) -> Tensor:
+    """Logarithms of decays near 1."""
+    return nn.functional.logsigmoid(torch.randn(shape) + 4).requires_grad_()
+
+
+def linear_attention(length: int = LENGTH) -> Contest:
+    q, k, v = heads_of(length)
     return Contest(
         f"linear attention, {WIDTH // HEAD_DIM} heads of {HEAD_DIM}",
         lambda: kernels.recurrence(q, k, v, scale=0.1)[0],
-        {"step by step": (stepwise(lambda: kernels.recurrence(q, k, v, scale=0.1)[0]), 5.0)},
+        {"step by step": Rival(stepwise(lambda: kernels.recurrence(q, k, v, scale=0.1)[0]), 5.0, 5.0)},
     )
 
 
-def ssd() -> Contest:
+def scalar_decay(length: int = LENGTH) -> Contest:
+    q, k, v = heads_of(length)
+    decay = forgetting(1, length, WIDTH // HEAD_DIM)
+    return Contest(
+        f"scalar decay, {WIDTH // HEAD_DIM} heads of {HEAD_DIM}",
+        lambda: kernels.recurrence(q, k, v, log_decay=decay)[0],
+        {},
+        share=0.30,
+    )
+
+
+def channel_decay(length: int = LENGTH) -> Contest:
+    q, k, v = heads_of(length)
+    decay = forgetting(1, length, WIDTH // HEAD_DIM, HEAD_DIM)
+    return Contest(
+        f"decay per channel, {WIDTH // HEAD_DIM} heads of {HEAD_DIM}",
+        lambda: kernels.recurrence(q, k, v, log_decay=decay)[0],
+        {},
+        share=0.35,
+    )
+
+
+def delta_rule(length: int = LENGTH) -> Contest:
+    q, k, v = heads_of(length)
+    beta = torch.rand(1, length, WIDTH // HEAD_DIM, requires_grad=True)
+    return Contest(
+        f"delta rule, {WIDTH // HEAD_DIM} heads of {HEAD_DIM}",
+        lambda: kernels.delta_rule(q, nn.functional.normalize(k, dim=-1), v, beta)[0],
+        {},
+        share=0.55,
+    )
+
+
+def gated_delta_rule(length: int = LENGTH) -> Contest:
+    q, k, v = heads_of(length)
+    beta, gate = torch.rand(1, length, WIDTH // HEAD_DIM, requires_grad=True), forgetting(1, length, WIDTH // HEAD_DIM)
+    scale = HEAD_DIM**-0.5
+
+    def keys() -> Tensor:
+        return nn.functional.normalize(k, dim=-1)
+
+    return Contest(
+        f"gated delta rule, {WIDTH // HEAD_DIM} heads of {HEAD_DIM}, length {length}",
+        lambda: kernels.delta_rule(q, keys(), v, beta, log_decay=gate, scale=scale)[0],
+        {"transformers": Rival(lambda: torch_chunk_gated_delta_rule(q, keys(), v, gate, beta)[0], 1.2, 1.8)},
+    )
+
+
+def ssd(length: int = LENGTH) -> Contest:
     heads = 2 * WIDTH // HEAD_DIM
-    x = torch.randn(1, LENGTH, heads, HEAD_DIM, requires_grad=True)
-    B, C = (torch.randn(1, LENGTH, 1, STATE_DIM, requires_grad=True) for _ in range(2))
-    dt, A = torch.rand(1, LENGTH, heads).mul_(0.1).requires_grad_(), -torch.arange(1.0, heads + 1)
+    x = torch.randn(1, length, heads, HEAD_DIM, requires_grad=True)
+    B, C = (torch.randn(1, length, 1, STATE_DIM, requires_grad=True) for _ in range(2))
+    dt, A = torch.rand(1, length, heads).mul_(0.1).requires_grad_(), -torch.arange(1.0, heads + 1)
 
     def ours() -> Tensor:
         return kernels.recurrence(C, B, x * dt[..., None], log_decay=dt * A)[0]
@@ -64,19 +137,20 @@ def ssd() -> Contest:
         f"SSD, {heads} heads of {HEAD_DIM}, state {STATE_DIM}",
         ours,
         {
-            "step by step": (stepwise(ours), 5.0),
-            "transformers, chunk 256": (lambda: mamba2_chunk_scan(x, dt, A, B, C, 256), 1.0),
-            "transformers, chunk 64": (lambda: mamba2_chunk_scan(x, dt, A, B, C, 64), 1.0),
+            "step by step": Rival(stepwise(ours), 5.0, 5.0),
+            "transformers, chunk 256": Rival(lambda: mamba2_chunk_scan(x, dt, A, B, C, 256), 3.5, 3.0),
+            "transformers, chunk 64": Rival(lambda: mamba2_chunk_scan(x, dt, A, B, C, 64), 1.0, 1.0),
         },
+        share=0.55,
     )
 
 
-def mamba2_mixer() -> Contest:
+def mamba2_mixer(length: int = LENGTH) -> Contest:
     config = Mamba2Config(
         hidden_size=WIDTH, num_heads=2 * WIDTH // HEAD_DIM, head_dim=HEAD_DIM, state_size=STATE_DIM, n_groups=1
     )
     mixer = Mamba2Mixer(config, layer_idx=0)
-    x = torch.randn(1, LENGTH, WIDTH, requires_grad=True)
+    x = torch.randn(1, length, WIDTH, requires_grad=True)
     inner, state = mixer.intermediate_size, STATE_DIM
 
     def ours() -> Tensor:
@@ -91,15 +165,15 @@ def mamba2_mixer() -> Contest:
         out = (out + values * mixer.D[:, None]).flatten(2) * nn.functional.silu(gate)
         return mixer.out_proj(kernels.rms_norm(out, mixer.norm.weight, mixer.norm.variance_epsilon))
 
-    return Contest("whole Mamba-2 mixer, same weights", ours, {"transformers": (lambda: mixer(x), 1.0)})
+    return Contest("whole Mamba-2 mixer, same weights", ours, {"transformers": Rival(lambda: mixer(x), 1.0, 1.0)})
 
 
-def selective_scan() -> Contest:
+def selective_scan(length: int = LENGTH) -> Contest:
     channels, state_dim = 2 * WIDTH, 16
-    x = torch.randn(1, LENGTH, channels, requires_grad=True)
-    delta = torch.rand(1, LENGTH, channels).mul_(0.1).requires_grad_()
+    x = torch.randn(1, length, channels, requires_grad=True)
+    delta = torch.rand(1, length, channels).mul_(0.1).requires_grad_()
     A = (-torch.arange(1.0, state_dim + 1)).repeat(channels, 1)
-    B, C = (torch.randn(1, LENGTH, state_dim, requires_grad=True) for _ in range(2))
+    B, C = (torch.randn(1, length, state_dim, requires_grad=True) for _ in range(2))
 
     def theirs() -> Tensor:
         out = mamba_selective_scan(x.transpose(1, 2), delta.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2))
@@ -112,19 +186,21 @@ def selective_scan() -> Contest:
     return Contest(
         f"selective scan, {channels} channels, state {state_dim}",
         ours,
-        {"step by step": (stepwise(ours), None), "transformers": (theirs, 5.0)},
-        # Its backward fills a gradient of all states for every token, which takes minutes.
-        forward_only=frozenset({"transformers"}),
+        {
+            "step by step": Rival(stepwise(ours), 6.0),
+            # Its backward fills a gradient of all states for every token, which takes minutes.
+            "transformers": Rival(theirs, 5.0, differentiated=False),
+        },
     )
 
 
-def window() -> Contest:
-    q, k, v = (torch.randn(1, LENGTH, WIDTH // HEAD_DIM, HEAD_DIM, requires_grad=True) for _ in range(3))
+def window(length: int = LENGTH) -> Contest:
+    q, k, v = heads_of(length)
     return Contest(
         "attention, window 256",
         lambda: kernels.attention(q, k, v, window=256),
-        {"full causal attention": (lambda: kernels.attention(q, k, v), None)},
-        same_result=False,
+        {},
+        share=0.5,
     )
 
 
@@ -147,13 +223,10 @@ def timed(run: Run, backward: bool) -> float:
 
 def compare(contest: Contest, baseline: Run, backward: bool) -> list[dict[str, Any]]:
     """Our time and each competitor's, and causal attention's at the same length and width, turn by turn."""
-    chosen = {
-        name: pair for name, pair in contest.competitors.items() if not (backward and name in contest.forward_only)
-    }
-    runs = {"ours": contest.ours, **{name: run for name, (run, _) in chosen.items()}}
-    required = {name: need for name, (_, need) in chosen.items()}
-    if "full causal attention" not in runs:
-        runs["full causal attention"], required["full causal attention"] = baseline, None
+    chosen = {name: rival for name, rival in contest.rivals.items() if rival.differentiated or not backward}
+    runs = {"ours": contest.ours, **{name: rival.run for name, rival in chosen.items()}, ATTENTION: baseline}
+    required = {name: rival.backward if backward else rival.forward for name, rival in chosen.items()}
+    required[ATTENTION] = 1 / contest.share if contest.share is not None and not backward else None
     warm = {name: timed(run, backward) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(REPEATS):
@@ -179,14 +252,30 @@ def compare(contest: Contest, baseline: Run, backward: bool) -> list[dict[str, A
     ]
 
 
+def linearity(make: Callable[[int], Contest]) -> dict[str, Any]:
+    """How much longer forward and backward take at twice the length."""
+    short, long = LENGTHS
+    runs = {length: make(length).ours for length in LENGTHS}
+    times = {length: [timed(run, True) for _ in range(3)] for length, run in runs.items()}
+    ratio = min(times[long]) / min(times[short])
+    return {
+        "what": make(short).what,
+        "mode": "forward and backward",
+        "ms": min(times[long]),
+        "competitor": f"itself, length {short:,} for {long:,}",
+        "its ms": min(times[short]),
+        "ratio": 1 / ratio,
+        "at least": 1 / LINEAR,
+        "met": ratio <= LINEAR,
+    }
+
+
 def check(contest: Contest) -> None:
     """Refuse to time what does not compute the same thing."""
-    if not contest.same_result:
-        return
     with torch.no_grad():
         ours = contest.ours()
-        for name, (run, _) in contest.competitors.items():
-            difference = (run() - ours).square().mean().sqrt() / ours.square().mean().sqrt()
+        for name, rival in contest.rivals.items():
+            difference = (rival.run() - ours).square().mean().sqrt() / ours.square().mean().sqrt()
             if not difference < 1e-4:
                 raise SystemExit(f"{contest.what}: {name} differs from ours by {difference:.1e} of the result")
 
@@ -195,12 +284,17 @@ if __name__ == "__main__":
     given = arguments("Primitives against step-by-step scans and the PyTorch paths of transformers.")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, LENGTH, WIDTH // HEAD_DIM, HEAD_DIM, requires_grad=True) for _ in range(3))
+    q, k, v = heads_of()
     found: list[dict[str, Any]] = []
-    for make in (linear_attention, ssd, mamba2_mixer, selective_scan, window):
+    contests = (
+        *(linear_attention, scalar_decay, channel_decay, ssd, mamba2_mixer, delta_rule, gated_delta_rule),
+        *(partial(gated_delta_rule, 2 * LENGTH), selective_scan, window),
+    )
+    for make in contests:
         contest = make()
         check(contest)
         for backward in (False, True):
             found += compare(contest, lambda: kernels.attention(q, k, v), backward)
+    found += [linearity(make) for make in (channel_decay, delta_rule, ssd, selective_scan)]
     title = f"kernels: length {LENGTH}, width {WIDTH}, batch 1, float32, one thread; medians of processor time"
     finish(publish(title, found, given.json))

@@ -55,7 +55,7 @@ class StandIn:
 
     def get_current_device(self) -> int:
         # Triton keeps what it compiled by device.
-        return self.target.arch
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int) -> int:
         del device
