@@ -67,26 +67,41 @@ def configured(**indices: int) -> Iterator[None]:
 def refusal(call: Call, dtypes: Collection[str] = ("float32", "float16", "bfloat16")) -> str | None:
     """Why no Triton kernel can serve a call, whatever it computes; None if one may."""
     if call.device == "cpu":
-        if not (call.chosen and _stand_in.get()):
+        if not (call.chosen and _simulated()):
             return "needs a CUDA device"
     elif call.device != "cuda":
         return f"needs a CUDA device, not {call.device}"
     elif not sys.platform.startswith("linux"):
         return f"Triton runs on Linux, not on {sys.platform}"
-    elif (reason := _too_old()) is not None:
+    elif (reason := _unfit()) is not None:
         return reason
     name = str(call.dtype).removeprefix("torch.")
     return None if name in dtypes else f"takes {', '.join(dtypes)}, not {name}"
 
 
+def _simulated() -> str | None:
+    """The architecture that kernels are configured for without a GPU, if any."""
+    return _stand_in.get()
+
+
+def _unfit() -> str | None:
+    """Why the CUDA device of this machine cannot run kernels."""
+    return _capability()
+
+
 @cache
-def _too_old() -> str | None:
+def _capability() -> str | None:
     import torch
 
     if not torch.cuda.is_available():
         return "there is no CUDA device on this machine"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"needs compute capability 8.0 or newer, the device has {major}.{minor}"
+
+
+# As in `zoo.kernels.dispatch`: Dynamo calls them once and keeps the result.
+for _function in (_simulated, _unfit):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def architecture(device: torch.device) -> str:
