@@ -1,0 +1,141 @@
+"""Times as sums of counted work."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo.errors import ZooError
+from zoo.hardware.regression import Regression, fit, without
+
+NAMES = ("launches", "flops", "bytes")
+TRUE = np.array([2e-6, 1e-10, 5e-10])
+
+
+def measured(rows: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    features = rng.uniform(0.2, 1.0, (rows, 3)) * [1e3, 1e7, 3e6]
+    return features, features @ TRUE * np.exp(noise * rng.standard_normal(rows))
+
+
+def test_exact_times_give_the_coefficients_back() -> None:
+    features, seconds = measured(12, 0.0)
+    found = fit(features, seconds, NAMES)
+    np.testing.assert_allclose(found.coefficients, TRUE, rtol=1e-6)
+    assert found.error < 1e-6 and found.spread(0.9) < 1e-6
+
+
+@given(st.integers(0, 2**16), st.floats(1e-9, 1e9))
+def test_the_unit_of_a_feature_changes_nothing(seed: int, unit: float) -> None:
+    features, seconds = measured(15, 0.05, seed)
+    scaled = features * [1.0, unit, 1.0]
+    plain, other = fit(features, seconds, NAMES), fit(scaled, seconds, NAMES)
+    np.testing.assert_allclose(other.predict(scaled), plain.predict(features), rtol=1e-6)
+
+
+def test_costs_are_never_negative() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.uniform(1, 2, (20, 3))
+    found = fit(features, 5 - features[:, 2], NAMES)
+    assert (found.coefficients >= 0).all() and found.coefficients[2] == 0
+
+
+def test_outliers_hardly_matter() -> None:
+    features, seconds = measured(60, 0.02)
+    seconds[:6] *= 8
+    found = fit(features, seconds, NAMES)
+    np.testing.assert_allclose(found.coefficients, TRUE, rtol=0.1)
+
+
+def test_intervals_cover_what_they_say() -> None:
+    covered, below = [], []
+    for seed in range(40):
+        features, seconds = measured(80, 0.1, seed)
+        found = fit(features[:40], seconds[:40], NAMES)
+        ratio = seconds[40:] / found.predict(features[40:])
+        covered.append(np.mean(np.abs(ratio - 1) <= found.spread(0.8)))
+        below.append(np.mean(ratio <= found.upper(0.9)))
+    assert 0.76 < np.mean(covered) < 0.86 and 0.86 < np.mean(below) < 0.94
+
+
+def test_too_few_measurements_for_a_coverage_say_nothing() -> None:
+    features, seconds = measured(8, 0.1)
+    found = fit(features, seconds, NAMES)
+    assert found.spread(0.95) == found.upper(0.95) == math.inf
+    assert found.spread(0.5) < math.inf
+
+
+def test_a_prior_from_a_device_of_another_speed_helps_with_few_measurements() -> None:
+    with_prior, alone = [], []
+    features, seconds = measured(200, 0.02, 99)
+    prior = fit(features, 7 * seconds, NAMES)
+    for seed in range(20):
+        features, seconds = measured(104, 0.1, seed)
+        truth = features[4:] @ TRUE
+        with_prior.append(
+            np.mean(np.abs(fit(features[:4], seconds[:4], NAMES, prior=prior).predict(features[4:]) / truth - 1))
+        )
+        alone.append(np.mean(np.abs(fit(features[:4], seconds[:4], NAMES).predict(features[4:]) / truth - 1)))
+    assert np.mean(with_prior) < 0.8 * np.mean(alone)
+
+
+def test_a_feature_that_never_occurs_keeps_the_priors_cost() -> None:
+    features, seconds = measured(30, 0.0)
+    prior = fit(features, 3 * seconds, NAMES)
+    features[:, 1] = 0
+    seconds = features @ TRUE
+    found = fit(features, seconds, NAMES, prior=prior)
+    np.testing.assert_allclose(found.coefficients, TRUE, rtol=1e-4)
+    assert fit(features, seconds, NAMES).coefficients[1] == 0
+    assert without(found, "flops").coefficients.tolist() == [found.coefficients[0], 0.0, found.coefficients[2]]
+
+
+def test_it_survives_json() -> None:
+    found = fit(*measured(12, 0.1), NAMES)
+    again = Regression.from_data(json.loads(json.dumps(found.as_data())))
+    assert again.as_data() == found.as_data() and again.spread(0.8) == found.spread(0.8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ["a"]}, "other sizes"),
+        ({"coefficients": [1.0, -1.0, 0.0]}, "not negative"),
+        ({"coefficients": [1.0, float("nan"), 0.0]}, "finite"),
+        ({"errors": ["?"]}, "no regression"),
+        ({"shrinkage": "much"}, "no regression"),
+    ],
+)
+def test_damaged_data_is_an_error(change: dict[str, object], message: str) -> None:
+    data = fit(*measured(12, 0.1), NAMES).as_data()
+    with pytest.raises(ZooError, match=message):
+        Regression.from_data({**data, **change})
+    with pytest.raises(ZooError, match="no regression: KeyError"):
+        Regression.from_data({})
+
+
+def test_wrong_measurements_are_errors() -> None:
+    features, seconds = measured(5, 0.1)
+    with pytest.raises(ZooError, match=r"row 2 has -1"):
+        fit(features, [1, 1, -1, 1, 1], NAMES)
+    with pytest.raises(ZooError, match="above zero; row 0 has nan"):
+        fit(features, [float("nan"), 1, 1, 1, 1], NAMES)
+    with pytest.raises(ZooError, match="finite and not negative"):
+        fit(-features, seconds, NAMES)
+    with pytest.raises(ZooError, match="at least two measurements, found 1"):
+        fit(features[:1], seconds[:1], NAMES)
+    with pytest.raises(ZooError, match="a name for each feature"):
+        fit(features, seconds, NAMES[:2])
+    prior = fit(features, seconds, ("launches", "flops", "hops"))
+    with pytest.raises(ZooError, match="other features: bytes, hops"):
+        fit(features, seconds, NAMES, prior=prior)
+
+
+def test_times_without_variance_are_fitted() -> None:
+    found = fit(np.ones((6, 3)), np.full(6, 0.5), NAMES)
+    np.testing.assert_allclose(found.predict(np.ones((2, 3))), 0.5)

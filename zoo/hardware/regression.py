@@ -1,0 +1,190 @@
+"""Times as sums of counted work: non-negative coefficients fitted robustly on relative error, with honest intervals.
+
+Every term of the sum is a figure that is known beforehand, such as multiplications, bytes or launches, so a coefficient
+is a cost per unit, and cannot be negative. Few measurements are enough, fewer still with another device as a prior.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+
+from zoo.errors import ZooError
+
+Floats = NDArray[np.float64]
+
+HUBER = 1.345
+"""Residuals beyond so many standard deviations count by their size in place of its square (Huber 1964)."""
+ROUNDS = 6
+"""Rounds of reweighting; weights hardly move after the fourth."""
+SHRINKAGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+"""Strengths of a prior that leave-one-out error chooses from."""
+LEAST_NOISE = 1e-4
+"""Relative deviations below this are no outliers, however small all others are."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """`seconds = sum_j coefficients_j features_j`, what is known of its errors, and how sure the coefficients are.
+
+    names: of the features. covariance: of the coefficients, `[features, features]`, as far as those above zero vary;
+    errors: relative errors of each measurement as predicted without it. shrinkage: the strength of the prior.
+    """
+
+    names: tuple[str, ...]
+    coefficients: Floats
+    covariance: Floats
+    errors: Floats
+    shrinkage: float = 0.0
+
+    def predict(self, features: ArrayLike) -> Floats:
+        """Seconds for `[rows, features]`."""
+        return np.asarray(features, dtype=np.float64) @ self.coefficients
+
+    def spread(self, coverage: float) -> float:
+        """The relative error that a new measurement exceeds with probability `1 - coverage`.
+
+        The quantile of the errors that a conformal interval takes: the `ceil((n + 1) coverage)`-th smallest of `n`
+        (Vovk et al. 2005; on leave-one-out errors, Barber et al. 2021, arXiv 1905.02928). Infinite where there are too
+        few measurements to say.
+        """
+        if not 0 < coverage < 1:
+            raise ZooError(f"a coverage lies between 0 and 1, found {coverage}")
+        rank = math.ceil((len(self.errors) + 1) * coverage)
+        return math.inf if rank > len(self.errors) else float(np.sort(np.abs(self.errors))[rank - 1])
+
+    def upper(self, quantile: float) -> float:
+        """The factor on a prediction below which a share `quantile` of new measurements lies."""
+        if not 0 < quantile < 1:
+            raise ZooError(f"a quantile lies between 0 and 1, found {quantile}")
+        rank = math.ceil((len(self.errors) + 1) * quantile)
+        return math.inf if rank > len(self.errors) else 1 + float(np.sort(self.errors)[rank - 1])
+
+    @property
+    def error(self) -> float:
+        """Mean absolute relative error on measurements that the fit has not seen."""
+        return float(np.mean(np.abs(self.errors)))
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything, as data for JSON."""
+        return {
+            "names": list(self.names),
+            "coefficients": self.coefficients.tolist(),
+            "covariance": self.covariance.tolist(),
+            "errors": self.errors.tolist(),
+            "shrinkage": self.shrinkage,
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Self:
+        """What `as_data` gave; a `ZooError` says what is missing or does not fit."""
+        try:
+            names = tuple(map(str, data["names"]))
+            arrays = (np.asarray(data[key], dtype=np.float64) for key in ("coefficients", "covariance", "errors"))
+            coefficients, covariance, errors = arrays
+            found = cls(names, coefficients, covariance, errors, float(data["shrinkage"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ZooError(f"no regression: {type(error).__name__}: {error}") from None
+        count = len(names)
+        if found.coefficients.shape != (count,) or found.covariance.shape != (count, count) or found.errors.ndim != 1:
+            raise ZooError(f"a regression on {count} features whose coefficients or covariance have other sizes")
+        if not np.isfinite(found.coefficients).all() or (found.coefficients < 0).any():
+            raise ZooError("the coefficients of a regression are costs, finite and not negative")
+        return found
+
+
+def fit(
+    features: ArrayLike, seconds: ArrayLike, names: Sequence[str], *, prior: Regression | None = None
+) -> Regression:
+    """Fit times to features, `[rows, features]` and `[rows]`.
+
+    Minimises `sum_i huber(features_i c / seconds_i - 1) + s sum_j (c_j - p_j)^2` over `c >= 0`, each coefficient in
+    units of its mean share; `p` is the prior's coefficients scaled to these times, and `s` is chosen by leave-one-out
+    error.
+    Features that never occur keep the prior's cost, or zero. O(rows features^2) for each of a few solutions.
+
+    Raises `ZooError` for sizes that do not fit, and for times or features that are negative or not finite.
+    """
+    given, times = np.asarray(features, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    _check(given, times, names, prior)
+    start = np.zeros(given.shape[1]) if prior is None else _scaled(prior.coefficients, given, times)
+    strengths = SHRINKAGES if prior is not None else SHRINKAGES[:1]
+    fits = [_solved(given, times, start, strength) for strength in strengths]
+    coefficients, covariance, errors, strength = min(fits, key=lambda found: float(np.mean(np.abs(found[2]))))
+    absent = ~given.any(axis=0)
+    coefficients = np.where(absent, start, coefficients)
+    return Regression(tuple(names), coefficients, covariance, errors, strength)
+
+
+def without(regression: Regression, *names: str) -> Regression:
+    """The same with some features costing nothing."""
+    kept = np.array([name not in names for name in regression.names])
+    return replace(regression, coefficients=np.where(kept, regression.coefficients, 0.0))
+
+
+def _check(features: Floats, seconds: Floats, names: Sequence[str], prior: Regression | None) -> None:
+    if features.ndim != 2 or seconds.shape != features.shape[:1] or features.shape[1] != len(names):
+        raise ZooError(
+            f"{list(features.shape)} features with {len(names)} names and {list(seconds.shape)} times; expected "
+            "[rows, features], a name for each feature and a time for each row"
+        )
+    if len(seconds) < 2:
+        raise ZooError(f"a fit needs at least two measurements, found {len(seconds)}")
+    if not (np.isfinite(features).all() and (features >= 0).all()):
+        raise ZooError("features are counts: finite and not negative")
+    wrong = np.flatnonzero(~(np.isfinite(seconds) & (seconds > 0)))
+    if len(wrong):
+        raise ZooError(f"measured times are above zero; row {wrong[0]} has {seconds[wrong[0]]}")
+    if prior is not None and prior.names != tuple(names):
+        differing = sorted(set(prior.names) ^ set(names)) or ["their order"]
+        raise ZooError(f"the prior was fitted to other features: {', '.join(differing)}")
+
+
+def _scaled(coefficients: Floats, features: Floats, seconds: Floats) -> Floats:
+    """The prior's coefficients for a device that is some constant times slower."""
+    predicted = features @ coefficients
+    usable = predicted > 0
+    return coefficients * np.median(seconds[usable] / predicted[usable]) if usable.any() else coefficients
+
+
+def _solved(features: Floats, seconds: Floats, prior: Floats, strength: float) -> tuple[Floats, Floats, Floats, float]:
+    """Coefficients, their covariance, leave-one-out errors, and the strength itself."""
+    unit = features.mean(axis=0)
+    unit[unit == 0] = 1.0
+    shares = features / unit / seconds[:, None]
+    anchor = prior * unit
+    # A share of the whole is what the prior may differ by, whatever the feature's unit.
+    penalty = math.sqrt(strength * len(seconds)) / float(np.median(seconds))
+    weights = np.ones(len(seconds))
+    for _ in range(ROUNDS):
+        found = _least(shares, weights, anchor, penalty)
+        residuals = shares @ found - 1
+        noise = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(residuals))))
+        weights = np.sqrt(np.minimum(1.0, HUBER * noise / np.maximum(np.abs(residuals), 1e-300)))
+    # Measured over predicted: the factor by which a new measurement may exceed its prediction.
+    errors = np.array([1 / _held_out(shares, weights, anchor, penalty, row) - 1 for row in range(len(seconds))])
+    active = np.flatnonzero(found > 0)
+    normal = (shares * weights[:, None]).T @ (shares * weights[:, None]) + penalty**2 * np.eye(len(found))
+    covariance = np.zeros_like(normal)
+    covariance[np.ix_(active, active)] = np.linalg.pinv(normal[np.ix_(active, active)]) * noise**2
+    return found / unit, covariance / np.outer(unit, unit), errors, strength
+
+
+def _held_out(shares: Floats, weights: Floats, anchor: Floats, penalty: float, row: int) -> float:
+    """The predicted over the measured time of a row that the fit does not see."""
+    kept = np.arange(len(weights)) != row
+    return max(float(shares[row] @ _least(shares[kept], weights[kept], anchor, penalty)), 1e-6)
+
+
+def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: float) -> Floats:
+    rows, wanted = shares * weights[:, None], weights
+    if penalty:
+        rows = np.concatenate([rows, penalty * np.eye(shares.shape[1])])
+        wanted = np.concatenate([wanted, penalty * anchor])
+    return nnls(rows, wanted)[0]
