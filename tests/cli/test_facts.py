@@ -153,6 +153,25 @@ def test_cost_counts(zoo: Runner) -> None:
     assert facts["metrics"]["weights"] == 2 * 124439808
 
 
+def test_the_least_time_on_a_device_that_is_not_there(zoo: Runner) -> None:
+    ran = zoo("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16")
+    assert ran.code == 0 and "roofline" in ran.out and "decode" in ran.out
+    found = zoo("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16", "--json").json["roofline"]
+    assert 4e-3 < found["decode"]["seconds"] < 8e-3 and found["decode"]["arithmetic"] == 0
+    assert zoo("cost", "gpt2", "--roofline", "h10").err.startswith("error: unknown device 'h10'")
+
+
+def test_devices_are_listed_shown_and_probed(zoo: Runner, tmp_path: Path) -> None:
+    assert "NVIDIA H200" in zoo("device", "list").out
+    assert {"a100", "h200"} < {row["name"] for row in zoo("device", "list", "--json").json}
+    assert "bandwidth: 4.8TB" in zoo("device", "show", "h200").out
+    file = tmp_path / "here.yaml"
+    ran = zoo("device", "probe", "--threads", "1", "--out", str(file))
+    assert ran.code == 0 and "source: probed" in ran.out
+    shown = zoo("device", "show", str(file), "--json").json
+    assert shown["kind"] == "cpu" and shown["peak"]["float32"] > 1e8 and 0 < shown["launch"] < 1e-2
+
+
 def test_kernels_are_explained(zoo: Runner) -> None:
     ran = zoo("kernels")
     assert ran.code == 0 and "reference" in ran.out

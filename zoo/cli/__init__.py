@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
@@ -13,6 +14,9 @@ def main() -> None:
     from zoo.cli.app import app
     from zoo.errors import ZooError
 
+    # Shells start what a script puts into the background with SIGINT ignored, and nothing could stop it cleanly.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except ZooError as error:

@@ -113,12 +113,15 @@ def cost(
     layers: Annotated[bool, typer.Option(help="A row for each part of the model.")] = False,
     measure: Annotated[bool, typer.Option(help="Also build the model and time it on --device.")] = False,
     device: Device = "cpu",
+    roofline: Annotated[
+        str | None, typer.Option(help="Also the least time on a device, see `zoo device list`; nothing is built.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Count parameters, FLOPs, bytes and state from the specification alone."""
     from zoo.cli.facts import print_cost
 
-    print_cost(spec, batch, seq, past, dtype, layers, device if measure else None, json)
+    print_cost(spec, batch, seq, past, dtype, layers, device if measure else None, roofline, json)
 
 
 @app.command()
@@ -226,6 +229,39 @@ def bench_(json: Json = False) -> None:
     from zoo.cli.facts import print_kernel_timings
 
     print_kernel_timings(json)
+
+
+device = typer.Typer(help="Show what devices can do, and measure the one at hand.", no_args_is_help=True)
+app.add_typer(device, name="device")
+
+
+@device.command("list")
+def list_devices(json: Json = False) -> None:
+    """List the devices whose figures are shipped."""
+    from zoo.cli.devices import list_devices
+
+    list_devices(json)
+
+
+@device.command("show")
+def show_device(name: Annotated[str, typer.Argument(help="A shipped device, or a file.")], json: Json = False) -> None:
+    """Show the peak figures of a device."""
+    from zoo.cli.devices import show_device
+
+    show_device(name, json)
+
+
+@device.command("probe")
+def probe_device(
+    device: Device = "cpu",
+    threads: Threads = None,
+    out: Annotated[Path | None, typer.Option(help="Write the device's file there.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure matrix rates, copy bandwidth and launch overhead of this machine; takes some seconds."""
+    from zoo.cli.devices import probe_device
+
+    probe_device(device, threads, out, json)
 
 
 @app.command()

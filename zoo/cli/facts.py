@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from zoo.blocks.model import Spec
     from zoo.component import Component
     from zoo.errors import Problem
+    from zoo.hardware.roofline import Bounded
+    from zoo.search.program import Decision
 
+BOUNDS = ("arithmetic", "memory", "launches")
 HEADLINE = ("params", "active_params", "flops", "decode_flops", "weights", "state", "memory")
 """Figures that `zoo show` prints for a spec."""
 
@@ -121,7 +124,7 @@ def _show_component(component: type[Component]) -> None:
 
 
 def _default(value: Any) -> str:
-    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "-" if value is None else _written(value)
 
 
 def _show_file(path: Path, canonical: bool, as_json: bool) -> None:
@@ -150,14 +153,7 @@ def _show_space(path: Path, as_json: bool) -> None:
     space = load_space(path)
     space.validate()
     size = space.size()
-    facts = [
-        {
-            "name": decision.name,
-            "kind": decision.kind,
-            "values": list(decision.labels) if decision.kind != "float" else [decision.low, decision.high],
-        }
-        for decision in space.decisions
-    ]
+    facts = [{"name": decision.name, "kind": decision.kind, **_values(decision)} for decision in space.decisions]
     if as_json:
         print_json({"hash": space.hash, "size": size, "decisions": facts})
         return
@@ -165,8 +161,28 @@ def _show_space(path: Path, as_json: bool) -> None:
     print_table(
         "",
         ("decision", "kind", "values"),
-        ((fact["name"], fact["kind"], ", ".join(map(str, fact["values"]))) for fact in facts),
+        ((decision.name, decision.kind, _shown_values(decision)) for decision in space.decisions),
     )
+
+
+def _values(decision: Decision) -> dict[str, Any]:
+    """The options of a choice, or the ends of a range."""
+    if decision.kind == "choice":
+        return {"values": list(decision.labels)}
+    step = {"step": decision.step} if decision.kind == "int" else {}
+    return {"low": decision.low, "high": decision.high, **step, "log": decision.log}
+
+
+def _shown_values(decision: Decision) -> str:
+    """The values of a decision as a spec writes them: `a, null, 2`, or `2..6, step 2`."""
+    if decision.kind == "choice":
+        return ", ".join(_written(label) for label in decision.labels)
+    step = f", step {decision.step}" if decision.step > 1 else ""
+    return f"{decision.low}..{decision.high}{step}{', logarithmic' if decision.log else ''}"
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def validate_all(names: list[str], as_json: bool) -> int:
@@ -219,9 +235,10 @@ def print_cost(
     dtype: str,
     layers: bool,
     device: str | None,
+    bound_by: str | None,
     as_json: bool,
 ) -> None:
-    """Print all analytic figures of a spec, on request for each part, and what it measures on a device."""
+    """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least."""
     from zoo.accounting import Workload, figures, parts
     from zoo.spec.document import load
 
@@ -230,9 +247,11 @@ def print_cost(
     tallies = [(path, component, tally) for path, component, tally in parts(spec.fill(), work)]
     total = figures(_sum(tally for _, _, tally in tallies), work)
     measured = {} if device is None else dict(_measured(spec, work, device))
+    least = {} if bound_by is None else _rooflines(spec, work, bound_by)
     if as_json:
         rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
-        print_json({"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured})
+        facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
+        print_json({**facts, "roofline": {phase: _bounds(parts) for phase, parts in least.items()}})
         return
     if layers:
         columns = ("params", "flops", "traffic", "state", "activations")
@@ -248,6 +267,15 @@ def print_cost(
     title = f"{spec.name or name}: batch {work.batch}, {work.seq} tokens, decoding behind {work.past}, {work.dtype}"
     rows = [(key, shown(key, value), f"{value:,.0f}") for key, value in total.items() if key in METRIC_DIMENSIONS]
     print_table(title, ("counted", "", "exactly"), rows, right=(1, 2))
+    if least:
+        from zoo.quantity import format_quantity
+
+        times = [
+            (phase, *(format_quantity(seconds, "time") for seconds in _bounds(parts).values()))
+            for phase, parts in least.items()
+        ]
+        title = f"at least, on {bound_by} (roofline: a bound, not a forecast)"
+        print_table(title, ("", "in all", *(f"bound by {name}" for name in BOUNDS)), times, right=(1, 2, 3, 4))
     if measured:
         from zoo.quantity import format_quantity
 
@@ -256,6 +284,24 @@ def print_cost(
             for phase, row in measured.items()
         ]
         print_table(f"measured on {device}", ("", "median", "5%", "95%"), times, right=(1, 2, 3))
+
+
+def _rooflines(spec: Spec, work: Workload, name: str) -> dict[str, list[Bounded]]:
+    """The least times on a device, by phase."""
+    from zoo.hardware.profile import load_profile
+    from zoo.hardware.roofline import roofline
+
+    profile = load_profile(name)
+    found = {"forward": roofline(spec, work, profile, "forward")}
+    if getattr(spec.head, "kind", "") == "language_model":
+        found["decode"] = roofline(spec, work, profile, "decode")
+    return found
+
+
+def _bounds(parts: list[Bounded]) -> dict[str, Any]:
+    """Seconds in all, and those of the parts that each thing bounds."""
+    bound = {name: sum(part.seconds for part in parts if part.bound == name) for name in BOUNDS}
+    return {"seconds": sum(part.seconds for part in parts), **bound}
 
 
 def _sum(tallies: Iterator[Tally]) -> Tally:

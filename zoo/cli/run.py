@@ -90,14 +90,18 @@ def train_model(
     (folder / "spec.yaml").write_text(dump(spec), encoding="utf-8")
 
     from zoo.model import build
-    from zoo.train.loop import fit
+    from zoo.train.loop import OtherRunError, fit
     from zoo.train.progress import live
 
     model = build(spec, seed=settings.seed).set_checkpointing(checkpointing)
     if compiled:
         model.compile()
     with live(spec.name or name) as progress:
-        result = fit(model, settings, folder, data=data, progress=progress, resume="never" if fresh else "auto")
+        try:
+            result = fit(model, settings, folder, data=data, progress=progress, resume="never" if fresh else "auto")
+        except OtherRunError as error:
+            remedy = "give another folder with --out, or start over with --fresh"
+            raise OtherRunError(error.checkpoint, error.differences, remedy) from None
     facts = {
         "folder": str(folder),
         "steps": result.steps,
@@ -130,7 +134,6 @@ def run_search(
     import shlex
     import sys
 
-    from zoo.quantity import parse_quantity
     from zoo.search.live import LiveProgress
     from zoo.search.study import SearchSettings
     from zoo.search.study import run_search as run
@@ -140,7 +143,7 @@ def run_search(
         space=space,
         train=TrainSettings.parse(train),
         out=out or Path("runs") / f"search-{Path(space).stem}",
-        timeout=None if timeout is None else parse_quantity(timeout, "time"),
+        timeout=None if timeout is None else _seconds(timeout),
         command=shlex.join(["zoo", *sys.argv[1:]]),
         **values,
     )
@@ -151,6 +154,17 @@ def run_search(
     else:
         _print_results(results)
     return 130 if results.stopped == "interrupted" else 0
+
+
+def _seconds(timeout: str) -> float:
+    """The time that `--timeout` gives."""
+    from zoo.quantity import EXAMPLES, QuantityError, parse_quantity
+
+    try:
+        return parse_quantity(timeout, "time")
+    except QuantityError as error:
+        message = str(error).replace(EXAMPLES["time"], "a time such as 10min or 90s")
+        raise ZooError(f"--timeout: {message}") from None
 
 
 def write_report(run: Path, storage: str | None, as_json: bool) -> None:

@@ -1,0 +1,107 @@
+"""Device files, and the least times that follow from them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from zoo.accounting import Workload, metrics
+from zoo.errors import SpecError, ZooError
+from zoo.hardware.profile import load_profile, parse_profile, profile_names
+from zoo.hardware.roofline import roofline
+from zoo.spec.document import load
+
+TEXT = """
+name: mine
+kind: cpu
+source: probed
+peak: {float32: 100GFLOP}
+bandwidth: 10GB
+memory: 8GB
+launch: 5us
+"""
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_devices_are_complete_and_say_where_their_figures_come_from(name: str) -> None:
+    found = load_profile(name)
+    assert found.name == name and found.title != name and found.sources
+    assert parse_profile(found.as_yaml()) == replace(found, sources=())
+    assert found.rate("bf16") >= found.rate("float32") > 1e9
+
+
+def test_a_file_of_ones_own_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(TEXT)
+    found = load_profile(file)
+    assert (found.peak, found.bandwidth, found.launch, found.title) == ({"float32": 1e11}, 1e10, 5e-6, "mine")
+
+
+def test_a_dtype_without_a_rate_takes_the_wider_one() -> None:
+    found = parse_profile(TEXT)
+    assert found.rate("bfloat16") == found.rate("fp16") == 1e11
+    with pytest.raises(ZooError, match="mine has no rate for int4; known: float32"):
+        found.rate("int4")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("kind: cpu", "kind: cda"), "3:7: kind: expected cpu or cuda; got 'cda'"),
+        (("bandwidth", "bandwith"), "6:1: bandwith: unknown key 'bandwith' of a device; did you mean 'bandwidth'?"),
+        (("memory: 8GB\n", ""), "memory: required"),
+        (("5us", "5"), "8:9: launch: '5' has no unit"),
+        (("5us", "0us"), "launch: expected a number above zero"),
+        (("8GB", "8ms"), "7:9: memory: "),
+        (("float32", "float16"), "peak: a rate for float32 is required"),
+        (("float32:", "float23:"), "peak.float23: unknown dtype 'float23'; did you mean 'float32'?"),
+        (("launch:", "cache: 9GB\nlaunch:"), "8:8: cache: cache of 9GB and memory of 8GB contradict each other"),
+        (("launch:", "link: 1TB\nlaunch:"), "link of 1TB and bandwidth of 10GB contradict each other"),
+        (("{float32: 100GFLOP}", "100"), "peak: expected rates by dtype"),
+        (("name: mine", "name: [a]"), "name: expected a text"),
+    ],
+)
+def test_wrong_files_say_where(change: tuple[str, str], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        parse_profile(TEXT.replace(*change), "mine.yaml")
+    assert message in str(error.value)
+
+
+def test_unknown_devices_are_errors() -> None:
+    with pytest.raises(ZooError, match="unknown device 'h20'; did you mean"):
+        load_profile("h20")
+    with pytest.raises(ZooError, match=r"nowhere\.yaml"):
+        load_profile("nowhere.yaml")
+    with pytest.raises(SpecError, match="expected a mapping"):
+        parse_profile("[1]")
+
+
+def test_a_large_product_is_bound_by_arithmetic_and_a_decoding_step_by_memory() -> None:
+    spec, device = load("llama2-7b"), load_profile("h100")
+    work = Workload(batch=1, seq=4096, dtype="bfloat16")
+    forward, decode = (roofline(spec, work, device, phase) for phase in ("forward", "decode"))
+    assert forward[1].bound == "arithmetic" and decode[1].bound == "memory"
+    counted = metrics(spec, work)
+    assert sum(part.arithmetic for part in forward) == pytest.approx(counted["flops"] / 989e12)
+    assert sum(part.memory for part in decode) == pytest.approx(counted["decode_traffic"] / 3.35e12)
+    # Every weight is read once for a token.
+    assert sum(part.memory for part in decode) > counted["weights"] / 3.35e12
+
+
+def test_a_tiny_model_is_bound_by_launches() -> None:
+    parts = roofline(load("tiny-bytes"), Workload(seq=4), load_profile("h200"), "decode")
+    assert {part.bound for part in parts} == {"launches"}
+    assert all(part.seconds >= max(part.arithmetic, part.memory) for part in parts)
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys; from zoo.hardware.roofline import roofline; from zoo.hardware.profile import load_profile; "
+        "from zoo.accounting import Workload; from zoo.spec.document import load; "
+        "roofline(load('gpt2'), Workload(), load_profile('h100')); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
