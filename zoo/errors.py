@@ -8,7 +8,9 @@ traceback; anything else that escapes is a defect of the package.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unicodedata import combining, east_asian_width
 
@@ -25,6 +27,28 @@ class InfeasibleError(ZooError):
     """A budget that nothing in a space meets; the message says what the space can reach."""
 
     exit_code = 3
+
+
+class OutOfMemoryError(ZooError):
+    """What was asked for does not fit into the memory of the device; the message says what needs less."""
+
+
+@contextmanager
+def memory_explained(what: str, advice: str) -> Iterator[None]:
+    """Turns the ways in which Python, the CPU and CUDA run out of memory into an `OutOfMemoryError`.
+
+    `what` was being done; `advice` says what needs less.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        cuda = type(error).__name__ == "OutOfMemoryError"
+        if not (isinstance(error, MemoryError) or cuda or "DefaultCPUAllocator" in text or "not enough memory" in text):
+            raise
+        asked = re.search(r"[Tt]ried to allocate ([0-9.]+ ?[A-Za-z]+)", text)
+        size = f": {asked[1]} were asked for at once" if asked else ""
+        raise OutOfMemoryError(f"out of memory while {what}{size}. {advice}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +112,22 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None
+
+
+def nearest_file(name: str, known: Iterable[str]) -> str | None:
+    """The file whose name without its ending is most like that of `name`, at least 0.75; None if none is that close.
+
+    Files can be called anything, so that a likeness which would do among known words is chance among them.
+    """
+    by_stem = {_stem(candidate): candidate for candidate in sorted(known, reverse=True)}
+    close = difflib.get_close_matches(_stem(name), by_stem, n=1, cutoff=0.75)
+    return by_stem[close[0]] if close else None
+
+
+def _stem(name: str) -> str:
+    """A file's name without the ending, in lower case."""
+    head, dot, tail = name.lower().rpartition(".")
+    return head if dot and head and "/" not in tail else name.lower()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

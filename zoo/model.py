@@ -14,9 +14,11 @@ from torch import Tensor
 from zoo.blocks.model import Spec
 from zoo.builder import Block, declared, empty_state, initialize
 from zoo.context import Context
-from zoo.errors import ZooError
+from zoo.errors import ZooError, memory_explained
 from zoo.generate import generate
 from zoo.kernels.dispatch import use
+
+BUILD_ADVICE = "`zoo cost` says what it takes; --dtype bfloat16 halves it, and --device meta allocates nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +178,23 @@ class Model(Block):
         return lambda: self(token, state=state)
 
     def save(self, path: str | Path) -> Path:
-        """Write weights and spec into one safetensors file; `zoo.load_model` reads it. Returns the path."""
+        """Write weights and spec into one safetensors file; `zoo.load_model` reads it. Returns the path.
+
+        Raises `ZooError` where the file cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         from zoo.spec.document import dump
 
         path = Path(path)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={"spec": dump(self.spec)})
+        try:
+            save_file(tensors, path, metadata={"spec": dump(self.spec)})
+        except (OSError, SafetensorError) as error:
+            if not path.parent.is_dir():
+                raise ZooError(f"cannot write {path}: there is no folder {path.parent}; make it first") from None
+            raise ZooError(f"cannot write {path}: {error}") from None
         return path
 
 
@@ -206,8 +217,9 @@ def build(
     model = model.to(dtype)
     if torch.device(device).type == "meta":
         return model
-    model = model.to_empty(device=device)
-    initialize(model, dict(declared(model.spec, model.scope)), seed)
+    with memory_explained(f"building the model on {device}", BUILD_ADVICE):
+        model = model.to_empty(device=device)
+        initialize(model, dict(declared(model.spec, model.scope)), seed)
     return model
 
 

@@ -18,11 +18,13 @@ from zoo.errors import ZooError
 from zoo.kernels.linear_recurrence import torch_path
 
 
-@pytest.fixture(params=["one span", "many spans"], autouse=True)
-def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tests run in one piece, and cut into as many as there are chunks."""
-    if request.param == "many spans":
-        monkeypatch.setattr(torch_path, "_SPAN_ELEMENTS", 1)
+@pytest.fixture(params=["mild", "strong", "compiled"], autouse=True)
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests run as decays demand, with all decays taken to be strong, and in one piece as in a compiled graph."""
+    if request.param == "strong":
+        monkeypatch.setattr(torch_path, "MILD", -1.0)
+    if request.param == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
 def inputs(
@@ -50,11 +52,14 @@ def test_agrees_with_reference(data: st.DataObject) -> None:
     flags: dict[str, Any] = {"chunk": draw(st.sampled_from([1, 4, 7, 64])), "scale": draw(st.sampled_from([None, 0.3]))}
     if draw(st.booleans()):
         flags["segments"] = torch.stack([torch.arange(tokens) * (row + 1) // 5 for row in range(batch)])
-    decay = draw(st.sampled_from(["none", "constant", "full"]))
+    decay = draw(st.sampled_from(["none", "constant", "full", "channels"]))
     if decay == "none":
         assert_agrees("recurrence", lambda q, k, v, s: kernels.recurrence(q, k, v, state=s, **flags), q, k, v, state)
     else:
-        log_decay = log_decay if decay == "full" else log_decay[0, 0]
+        if decay == "constant":
+            log_decay = log_decay[0, 0]
+        if decay == "channels":
+            log_decay = -torch.rand(batch, tokens, draw(st.sampled_from([groups, heads])), q.shape[3]).double()
         assert_agrees("recurrence", lambda *tensors: run(*tensors, **flags), q, k, v, log_decay, state)
 
 
@@ -126,6 +131,63 @@ def test_strong_decay_does_not_disturb_what_follows() -> None:
     assert_close(out, exact)
 
 
+def by_channel(batch: int = 2, tokens: int = 13, heads: int = 2, strength: float = 1.0) -> Tensor:
+    torch.manual_seed(1)
+    return -torch.rand(batch, tokens, heads, 3, dtype=torch.float64) * strength
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 64])
+@pytest.mark.parametrize("strength", [0.1, 30.0])
+def test_decay_of_each_channel_at_its_limits(chunk: int, strength: float) -> None:
+    q, k, v, _, state = inputs(tokens=40)
+    log_decay = by_channel(2, 40, 2, strength)
+    log_decay[:, 4, :, 0] = log_decay[0, 5] = float("-inf")
+    log_decay[:, 7:9], log_decay[1, 9] = 0, 0.5
+    assert_agrees("recurrence", lambda *tensors: run(*tensors, chunk=chunk), q, k, v, log_decay, state)
+
+
+def test_decay_of_each_channel_packed_and_split() -> None:
+    q, k, v, _, state = inputs()
+    log_decay = by_channel()
+    segments = torch.tensor([5, 5, 5, 0, 5, 5, 5, 5, 5, 5, 5, 5, 5]).expand(2, -1)
+    whole, final = run(q, k, v, log_decay, state, segments=segments, chunk=4)
+    parts = []
+    for pieces in zip(*(x.split([3, 1, 9], 1) for x in (q, k, v, log_decay)), strict=True):
+        steps = []
+        for step in zip(*(x.split(1, 1) for x in pieces), strict=True):
+            out, state = run(*step, state)
+            steps.append(out)
+        parts.append(torch.cat(steps, 1))
+        last, state = state, torch.zeros_like(state)
+    assert_close(whole, torch.cat(parts, 1))
+    assert_close(final, last)
+
+
+def test_equal_channels_are_a_decay_of_the_head() -> None:
+    """For groups and for heads of their own alike."""
+    q, k, v, log_decay, state = inputs(heads=2)
+    expected, final = run(q, k, v, log_decay, state)
+    out, last = run(q, k, v, log_decay[..., None].expand(-1, -1, -1, 3), state)
+    assert_close(out, expected)
+    assert_close(last, final)
+    q, k, v, log_decay, state = inputs()
+    expected, final = run(q, k, v, log_decay, state)
+    out, last = run(q, k, v, log_decay[..., None].expand(-1, -1, -1, 3), state)
+    assert_close(out, expected)
+    assert_close(last, final)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decay_of_each_channel_as_exact_as_reference(dtype: torch.dtype) -> None:
+    *tensors, _, _ = inputs(tokens=70)
+    log_decay = by_channel(2, 70, 2, 0.2)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.recurrence(q, k, v, log_decay=log_decay.to(q.dtype), chunk=16)
+
+    assert_as_exact_as_reference("recurrence", dtype, function, *tensors)
+
+
 def test_agrees_with_transformers_mamba2() -> None:
     q, k, v, _, state = inputs(tokens=21, groups=2, heads=4)
     dt, A = torch.rand(2, 21, 4, dtype=torch.float64), -torch.rand(4, dtype=torch.float64)
@@ -147,9 +209,13 @@ def test_without_decay_it_is_causal_attention_without_softmax() -> None:
 
 
 @pytest.mark.parametrize("segments", [None, torch.tensor([[0, 0, 1, 1, 1]])])
-def test_gradcheck(segments: Tensor | None) -> None:
-    tensors = [x.requires_grad_() for x in inputs(1, 5, 1, 2, 2, 2)]
-    assert torch.autograd.gradcheck(lambda *tensors: run(*tensors, segments=segments, chunk=2), tensors)
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_gradcheck(segments: Tensor | None, implementation: str) -> None:
+    q, k, v, log_decay, state = inputs(1, 5, 1, 2, 2, 2)
+    for decay in (log_decay, by_channel(1, 5, 1)[..., :2].contiguous()):
+        tensors = [x.detach().requires_grad_() for x in (q, k, v, decay, state)]
+        with kernels.use(recurrence=implementation):
+            assert torch.autograd.gradcheck(lambda *tensors: run(*tensors, segments=segments, chunk=2), tensors)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 0), (0, 3), (1, 1)])
@@ -183,6 +249,8 @@ def test_bad_input() -> None:
         kernels.recurrence(q, k[:, 1:], v)
     with pytest.raises(ZooError, match=r"log_decay has shape \[2, 13\], expected \[heads\] = \[4\]"):
         kernels.recurrence(q, k, v, log_decay=log_decay[..., 0])
+    with pytest.raises(ZooError, match=r"log_decay has shape \[2, 13, 4, 5\], expected .* \[2, 13, 2, 3\]"):
+        kernels.recurrence(q, k, v, log_decay=v)
     with pytest.raises(ZooError, match=r"state has shape \[2, 4, 5, 3\]"):
         kernels.recurrence(q, k, v, state=state.transpose(2, 3))
     with pytest.raises(ZooError, match=r"segments has dtype torch\.float64"):

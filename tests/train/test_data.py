@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import os
 import sysconfig
 from collections import defaultdict
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from zoo.errors import ZooError
 from zoo.train.data import SPLITS, Data, load_data
 from zoo.train.data import text as text_module
-from zoo.train.data.base import IGNORE, Shuffle
+from zoo.train.data.base import EVALUATION_TOKENS, IGNORE, Shuffle
 from zoo.train.data.random import random_below, random_bits
 
 NAMES = [
@@ -42,9 +43,10 @@ def test_shapes_match_the_description(name: str) -> None:
     data = load_data(name, batch=5)
     about = data.describe()
     batches = [data.train_batch(3), next(data.evaluation_batches("valid")), next(data.evaluation_batches("test"))]
-    for inputs, labels in batches:
-        assert inputs.shape == (5, *about.input_shape)
-        assert labels.shape == (5, *about.label_shape)
+    counts = (5, *(min(data.evaluation_batch, about.sizes[split] or 0) for split in SPLITS[1:]))
+    for (inputs, labels), count in zip(batches, counts, strict=True):
+        assert inputs.shape == (count, *about.input_shape)
+        assert labels.shape == (count, *about.label_shape)
         assert inputs.dtype == (np.int64 if about.input_kind == "tokens" else np.float32)
         if about.vocab is not None:
             assert 0 <= inputs.min() <= inputs.max() < about.vocab
@@ -72,8 +74,19 @@ def test_evaluation_covers_each_sample_once_or_a_spread_of_them(name: str) -> No
     assert size is not None
     inputs, _ = _all(data, "test") if size < 2000 else (np.empty(size), None)
     assert len(inputs) == size
-    some = [len(batch) for batch, _ in data.evaluation_batches("test", 50)]
-    assert some == [40, 10]
+    several = data.evaluation_batch
+    some = [len(batch) for batch, _ in data.evaluation_batches("test", min(size, several + 10))]
+    assert some == ([several, 10] if size >= several + 10 else [size])
+
+
+def test_evaluation_is_in_large_batches_whatever_that_of_the_training(name: str) -> None:
+    small, large = load_data(name, batch=1), load_data(name, batch=5000)
+    size = math.prod(small.describe().input_shape)
+    assert small.evaluation_batch * size >= EVALUATION_TOKENS
+    assert large.evaluation_batch == 5000
+    samples = [np.concatenate(part) for part in zip(*small.evaluation_batches("valid", 90), strict=True)]
+    for one, other in zip(samples, next(large.evaluation_batches("valid", 90)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_unknown_names_meet_the_nearest() -> None:

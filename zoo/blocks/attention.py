@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import kernels
@@ -36,7 +38,14 @@ def usual_heads(width: int, head_dim: int | None) -> int:
     """How many heads of `head_dim` fit the width; left open, the most of at least 64 channels that divide it."""
     if head_dim is not None:
         return max(1, width // head_dim)
-    return max(heads for heads in range(1, max(1, width // USUAL_HEAD_DIM) + 1) if width % heads == 0)
+    return _largest_divisor(width, max(1, width // USUAL_HEAD_DIM))
+
+
+@lru_cache(maxsize=4096)
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    pairs = ((part, number // part) for part in range(1, math.isqrt(number) + 1) if number % part == 0)
+    return max(part for pair in pairs for part in pair if part <= most)
 
 
 def divisors_near(number: int, wanted: int) -> str:

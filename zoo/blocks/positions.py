@@ -76,10 +76,7 @@ class Rotary(PositionBase):
         dim = self.dim(q.shape[-1])
         if dim == 0:
             return q, k
-        turned = [
-            kernels.rotary(x, ctx.positions, base=self.base, dim=dim, interleaved=self.interleaved) for x in (q, k)
-        ]
-        return turned[0], turned[1]
+        return kernels.rotary_pair(q, k, ctx.positions, base=self.base, dim=dim, interleaved=self.interleaved)
 
 
 @register("alibi", role=Role.POSITION, sources=["Press, Smith and Lewis 2021, section 3"], catalogue=["alibi"])

@@ -41,9 +41,9 @@ def show_device(name: str, as_json: bool) -> None:
     if as_json:
         print_json(_facts(profile))
         return
-    console().print(profile.as_yaml(), end="", markup=False, highlight=False)
+    console().print(profile.as_yaml(), end="", markup=False, highlight=False, soft_wrap=True)
     for source in profile.sources:
-        console().print(f"# {source}", markup=False, highlight=False)
+        console().print(f"# {source}", markup=False, highlight=False, soft_wrap=True)
 
 
 def probe_device(device: str, threads: int | None, out: Path | None, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def probe_device(device: str, threads: int | None, out: Path | None, as_json: bo
     if as_json:
         print_json(_facts(found))
     else:
-        console().print(found.as_yaml(), end="", markup=False, highlight=False)
+        console().print(found.as_yaml(), end="", markup=False, highlight=False, soft_wrap=True)
 
 
 def _facts(profile: Any) -> dict[str, Any]:

@@ -12,22 +12,40 @@ from typing import TYPE_CHECKING, Any
 from zoo.kernels.dispatch import explain, use
 
 if TYPE_CHECKING:
-    from zoo.kernels.convolution import causal_convolution
-    from zoo.kernels.grouped import grouped_matmul, sort_by_group
+    from zoo.kernels.convolution import causal_convolution, long_convolution
+    from zoo.kernels.cross_entropy import linear_cross_entropy
+    from zoo.kernels.delta import delta_rule
+    from zoo.kernels.grouped import block_diagonal_matmul, grouped_matmul, route, sort_by_group
     from zoo.kernels.linear_recurrence import recurrence
-    from zoo.kernels.pointwise import layer_norm, rms_norm, rotary
-    from zoo.kernels.scan import selective_scan
+    from zoo.kernels.pointwise import (
+        gated_activation,
+        layer_norm,
+        polynomial_activation,
+        rms_norm,
+        rotary,
+        rotary_pair,
+    )
+    from zoo.kernels.scan import diagonal_scan, selective_scan
     from zoo.kernels.softmax_attention import attention
 
 __all__ = [
     "attention",
+    "block_diagonal_matmul",
     "causal_convolution",
+    "delta_rule",
+    "diagonal_scan",
     "explain",
+    "gated_activation",
     "grouped_matmul",
     "layer_norm",
+    "linear_cross_entropy",
+    "long_convolution",
+    "polynomial_activation",
     "recurrence",
     "rms_norm",
     "rotary",
+    "rotary_pair",
+    "route",
     "selective_scan",
     "sort_by_group",
     "use",
@@ -35,12 +53,21 @@ __all__ = [
 
 _HOMES = {
     "attention": "softmax_attention",
+    "block_diagonal_matmul": "grouped",
     "causal_convolution": "convolution",
+    "diagonal_scan": "scan",
+    "delta_rule": "delta",
+    "gated_activation": "pointwise",
     "grouped_matmul": "grouped",
     "layer_norm": "pointwise",
+    "long_convolution": "convolution",
+    "linear_cross_entropy": "cross_entropy",
+    "polynomial_activation": "pointwise",
     "recurrence": "linear_recurrence",
     "rms_norm": "pointwise",
     "rotary": "pointwise",
+    "rotary_pair": "pointwise",
+    "route": "grouped",
     "selective_scan": "scan",
     "sort_by_group": "grouped",
 }

@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 HOMES: Mapping[str, str] = {
     "attention": "softmax_attention",
     "recurrence": "linear_recurrence",
-    "delta_rule": "delta_rule",
+    "delta_rule": "delta",
     "selective_scan": "scan",
+    "diagonal_scan": "scan",
     "causal_convolution": "convolution",
+    "long_convolution": "convolution",
     "grouped_matmul": "grouped",
+    "block_diagonal_matmul": "grouped",
+    "route": "grouped",
     "rms_norm": "pointwise",
     "layer_norm": "pointwise",
     "rotary": "pointwise",
     "rotary_pair": "pointwise",
     "gated_activation": "pointwise",
     "polynomial_activation": "pointwise",
+    "linear_cross_entropy": "cross_entropy",
 }
 """Where the table of each primitive lives, below `zoo.kernels`."""
 IMPLEMENTATIONS = ("triton", "torch", "reference")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from zoo.device import device_name
-from zoo.errors import Mark, Problem, ZooError, did_you_mean
+from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean
 from zoo.quantity import (
     EXAMPLES,
     Dimension,
@@ -112,7 +112,7 @@ class Term:
     """Bounds on one metric on one device in one context; `low` is 0 and `high` infinite where there is none.
 
     With `relative_to`, the percentage and the name of a spec, the bounds are multiples of that spec's value until
-    `Budget.resolve` puts the value in. `text` is what the user wrote.
+    `Budget.resolve` puts the value in. `text` is what the user wrote, `name_mark` where that name stands.
     """
 
     metric: str
@@ -124,6 +124,7 @@ class Term:
     context: TermContext = TermContext()
     text: str = field(default="", compare=False)
     relative_to: tuple[float, str] | None = None
+    name_mark: Mark | None = field(default=None, compare=False, repr=False)
 
     @property
     def dimension(self) -> Dimension:
@@ -212,14 +213,21 @@ class Budget:
     def resolve(self, lookup: Callable[[str, Term], float]) -> Budget:
         """The budget with shares of named specs put into numbers; `lookup(name, term)` is that spec's value.
 
-        Raises `BudgetError` if a value is not a finite number of at least zero, or if no value meets all terms.
+        Raises `BudgetError` if there is no such spec, if a value is not a finite number of at least zero, or if no
+        value meets all terms.
         """
         problems: list[Problem] = []
         terms: list[Term] = []
         for term in self.terms:
             if term.relative_to is not None:
                 name = term.relative_to[1]
-                value = lookup(name, term)
+                try:
+                    value = lookup(name, term)
+                except SpecError:
+                    raise
+                except ZooError as error:
+                    problems.append(Problem("", str(error), term.name_mark))
+                    continue
                 if not 0 <= value < math.inf:
                     problems.append(Problem("", f"{term}: the {term.metric} of {name} is {value}, not a bound"))
                     continue
@@ -285,7 +293,10 @@ class _Reader:
         self.position = 0
 
     def problem(self, column: int, message: str) -> None:
-        self.problems.append(Problem("", message, Mark("--budget", self.line, column + 1, self.text)))
+        self.problems.append(Problem("", message, self.mark(column)))
+
+    def mark(self, column: int) -> Mark:
+        return Mark("--budget", self.line, column + 1, self.text)
 
     def terms(self) -> Iterable[tuple[int, Term]]:
         """Every term that could be read, with its column; what could not is among the problems."""
@@ -348,7 +359,8 @@ class _Reader:
             text += (self.match(_DETACHED_UNIT) or "").strip()
         if text.endswith("%"):
             bound, relative_to = self.share(column, text)
-            term = replace(term, relative_to=relative_to)
+            name_mark = self.mark(self.position - len(relative_to[1]))
+            term = replace(term, relative_to=relative_to, name_mark=name_mark)
         else:
             bound = self.quantity(column, text, metric)
         if operator.startswith("<"):

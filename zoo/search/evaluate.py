@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zoo.errors import ZooError
+from zoo.errors import OutOfMemoryError, ZooError
 from zoo.train.data import Data, load_data
 from zoo.train.progress import Listener
 from zoo.train.settings import FREE_TO_CHANGE, TrainSettings
@@ -101,8 +101,6 @@ class TrainEvaluator:
             raise ZooError(f"data set {self.settings.data!r} does not fit the space: {'; '.join(problems)}")
 
     def evaluate(self, spec: Spec, trial_number: int, report: Report, should_stop: Callable[[], bool]) -> Evaluation:
-        import torch
-
         from zoo.model import build
         from zoo.train.loop import DivergedError, fit
 
@@ -122,9 +120,7 @@ class TrainEvaluator:
                     resume="never",
                     should_stop=should_stop,
                 )
-            except torch.OutOfMemoryError as error:
-                raise EvaluationError(f"out of memory: {str(error).splitlines()[0]}") from error
-            except DivergedError as error:
+            except (OutOfMemoryError, DivergedError) as error:
                 raise EvaluationError(str(error)) from error
             finally:
                 for name in ("last.ckpt", "weights.safetensors"):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 JOURNAL = "study.journal"
 STUDY = "zoo"
+STORAGE_NOTE = "storage"
+"""The file that says where a study is that is not in the folder itself."""
 FORMAT = 1
 
 _SEARCH, _RECORD, _CLAIM = "zoo", "zoo", "claim:"
@@ -196,6 +198,7 @@ class Ledger:
             ledger.identity, ledger.about = attributes[_SEARCH]["identity"], attributes[_SEARCH]["about"]
         if identity is not None:
             ledger._check(ledger.identity, identity)
+            _note_storage(folder, storage)
         ledger.refresh()
         return ledger
 
@@ -233,6 +236,15 @@ class Ledger:
     def release(self) -> None:
         """Take back what this process claimed."""
         self._set(_CLAIM + self.worker, None)
+
+    def others(self) -> tuple[str, ...]:
+        """The other live processes that work on this search, as messages call them."""
+        found = (
+            name.removeprefix(_CLAIM)
+            for name, claim in self._attributes().items()
+            if name.startswith(_CLAIM) and claim and _alive(name.removeprefix(_CLAIM), claim["time"])
+        )
+        return tuple(f"process {_shown(worker)}" for worker in found if worker != self.worker)
 
     def claimed(self) -> dict[str, str]:
         """Points that other live processes work on, and which process."""
@@ -335,7 +347,13 @@ def _study(
     if storage is None:
         path = folder / JOURNAL
         if objectives is None and not path.exists():
-            raise ZooError(f"{folder} holds no search: there is no {JOURNAL}")
+            noted = _noted_storage(folder)
+            if noted:
+                raise ZooError(f"the study of {folder} is kept in {noted}; give it with --storage {noted}")
+            raise ZooError(
+                f"{folder} holds no search: there is no {JOURNAL}; a search that was given a storage is found with "
+                "--storage URL"
+            )
         place, name = str(path), STUDY
         if objectives is not None:
             try:
@@ -359,6 +377,27 @@ def _study(
         # Another process may have made it since.
         study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
     return study, opened, place
+
+
+def _note_storage(folder: Path, storage: str | None) -> None:
+    """Keep in the run's folder where its study is, without the password, for messages."""
+    path = folder / STORAGE_NOTE
+    try:
+        if storage is None:
+            path.unlink(missing_ok=True)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(masked(storage) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ZooError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _noted_storage(folder: Path) -> str:
+    """What `_note_storage` kept; empty if nothing."""
+    try:
+        return (folder / STORAGE_NOTE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def masked(url: str) -> str:

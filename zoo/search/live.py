@@ -59,6 +59,11 @@ class LiveProgress(SearchListener):
         self._print(f"search of {start.space} for {objectives}; {budget}; {start.trials} trials; in {start.folder}")
         if self._before:
             self._print(f"going on after {self._before} trials")
+        if start.others:
+            self._print(
+                f"joining the search that {' and '.join(start.others)} {'runs' if len(start.others) == 1 else 'run'} "
+                "in this folder; results depend on the order in which candidates finish"
+            )
 
     def candidate(self, number: int, phase: str, shape: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         self._step = None

@@ -485,7 +485,7 @@ class _Compiler:
         return (Refer(hole.name),)
 
     def decide(self, hole: Hole, name: str, where: tuple[str | int, ...] | None) -> Decide:
-        labels = hole.labels() if hole.kind == "choice" else ()
+        labels = tuple(hole.labels()) if hole.kind == "choice" else ()
         if len(set(labels)) < len(labels):
             message = f"values such as {_twins(labels)} look alike to the search; name them: `choice: {{yes: ...}}`"
             self.problems.setdefault(f"{name} ", Problem(name, message, hole.mark))

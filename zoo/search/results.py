@@ -52,12 +52,20 @@ class Results:
     stopped: str
     data: dict[str, Any]
     """Content of results.json."""
+    others: tuple[str, ...] = ()
+    """Processes that still work on the same search."""
 
     @property
     def message(self) -> str:
         """Why the search ended, in one sentence."""
         trained = sum(trial.trained for trial in self.trials)
         again = self.data["command"] or "the same call"
+        if self.others and self.stopped in ("finished", "exhausted", "slow"):
+            still = "still trains" if len(self.others) == 1 else "still train"
+            return (
+                f"nothing left to do here: {_count(trained, 'architecture')} evaluated so far, but "
+                f"{' and '.join(self.others)} {still}; the results are complete when that ends"
+            )
         return {
             "finished": f"finished: {_count(trained, 'architecture')} evaluated",
             "exhausted": f"space exhausted after {_count(trained, 'architecture')}: no other one meets the budget",

@@ -90,6 +90,8 @@ class Start:
     trials: int
     done: Sequence[Trial]
     folder: Path
+    others: tuple[str, ...] = ()
+    """Processes that work on the same search already."""
 
 
 class SearchListener:
@@ -259,6 +261,7 @@ class _Search:
                 self.settings.trials,
                 tuple(self.ledger.trials),
                 self.settings.out,
+                self.ledger.others(),
             )
         )
         try:
@@ -270,6 +273,7 @@ class _Search:
             try:
                 self.ledger.release()
                 results = self.writer.write(self.ledger.trials, stopped, self._seconds())
+                results = replace(results, others=self.ledger.others())
             except Exception:
                 if stopped != "error":
                     raise

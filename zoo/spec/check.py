@@ -21,10 +21,10 @@ FIGURES = {"total_parameters": "params", "active_parameters": "active_params"}
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What became of a file: a spec or a space, and what is wrong with it."""
+    """What became of a file: a spec or a space, unknown where it cannot be read, and what is wrong with it."""
 
     name: str
-    kind: Literal["spec", "space"]
+    kind: Literal["spec", "space", "unknown"]
     problems: tuple[Problem, ...]
     spec: Spec | None = None
 
@@ -59,21 +59,23 @@ def is_open(template: Template) -> bool:
 def check(name: str | Path) -> Checked:
     """Check one file or shipped spec; nothing is raised for what is wrong with its content."""
     found: list[Problem] = []
+    kind: Literal["spec", "space", "unknown"] = "unknown"
     try:
         template = read(name, found)
-        if is_open(template):
+        kind = "space" if is_open(template) else "spec"
+        if kind == "space":
             from zoo.search.space import Space
 
             if found:
                 raise SpecError(found)
             Space.from_template(template).validate()
-            return Checked(str(name), "space", ())
+            return Checked(str(name), kind, ())
         spec = finished(template, found)
-        return Checked(str(name), "spec", tuple(unpublished(spec, template)), spec)
+        return Checked(str(name), kind, tuple(unpublished(spec, template)), spec)
     except SpecError as error:
-        return Checked(str(name), "spec", error.problems)
+        return Checked(str(name), kind, error.problems)
     except ZooError as error:
-        return Checked(str(name), "spec", (Problem("", str(error)),))
+        return Checked(str(name), kind, (Problem("", str(error)),))
 
 
 def unpublished(spec: Spec, template: Template | None = None) -> Iterator[Problem]:

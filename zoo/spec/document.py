@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.component import Component, Role, Scope, defaults, slots
-from zoo.errors import Problem, SpecError, ZooError, did_you_mean
+from zoo.errors import Problem, SpecError, ZooError, did_you_mean, nearest_file
 from zoo.memo import memoized
 from zoo.spec.construct import ROOT, construct, said
 from zoo.spec.source import parse_yaml, read_text, scalar, shortened
@@ -53,7 +53,8 @@ def locate(name: str | Path) -> Path:
         return shipped
     if path.suffix in SUFFIXES:
         here = path.parent if path.parent.is_dir() else Path()
-        raise ZooError(f"{name}: no such file{did_you_mean(path.name, [file.name for file in here.glob('*.y*ml')])}")
+        close = nearest_file(path.name, [file.name for file in here.glob("*.y*ml")])
+        raise ZooError(f"{name}: no such file{f'; did you mean {close!r}?' if close else ''}")
     raise ZooError(f"no spec is called {str(name)!r}{did_you_mean(str(name), spec_names())}")
 
 
@@ -148,9 +149,15 @@ def _extended(document: Tree, files: list[Path], problems: list[Problem]) -> Tre
         text = read_text(path)
     except ZooError as error:
         raise SpecError([*problems, Problem("extends", str(error), base.mark)]) from None
-    below = _extended(parse_yaml(text, str(path), problems), [*files, path], problems)
+    below = _extended(parse_yaml(text, _shown_path(path, files[0]), problems), [*files, path], problems)
     about = {key: item for key, item in below.entries.items() if key not in METADATA or key == "zoo"}
     return merge(Tree(about, below.mark, below.keys), rest, problems)
+
+
+def _shown_path(path: Path, first: Path) -> str:
+    """A file as messages call it: from the current folder, unless the document that extends it was named otherwise."""
+    here = Path.cwd()
+    return str(path) if first.is_absolute() or not path.is_relative_to(here) else str(path.relative_to(here))
 
 
 def _base_file(name: str, files: list[Path]) -> Path:
@@ -164,7 +171,8 @@ def _base_file(name: str, files: list[Path]) -> Path:
             raise ZooError(f"{name!r} leaves the project {top}; give a path inside it, or the name of a shipped spec")
         if not _is_file(path):
             known = [file.relative_to(folder).as_posix() for file in (folder / name).parent.glob("*.y*ml")]
-            raise ZooError(f"no such file: {shortened(name)!r}{did_you_mean(name, known)}")
+            close = nearest_file(name, known)
+            raise ZooError(f"no such file: {shortened(name)!r}{f'; did you mean {close!r}?' if close else ''}")
     else:
         hint = "; a path ends in `.yaml`" if "/" in name else did_you_mean(name, spec_names())
         raise ZooError(f"no spec is called {shortened(name)!r}{hint}")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import yaml
 
 from zoo.errors import Mark, Problem, SpecError, ZooError
+from zoo.expression import MAX_LENGTH
 from zoo.spec.tree import BROKEN, REMOVE, REPLACE, Broken, Scalar, Tree
 
 MAX_BYTES = 4 * 2**20
@@ -164,21 +165,35 @@ class _Reader:
 
     def sequence(self, start: yaml.SequenceStartEvent, depth: int) -> _Sized:
         tag, items = self.tag(start), []
+        cut = 0
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
-            items.append(self.value(event, depth + 1))
+            item = self.value(event, depth + 1)
+            if cut > 0 and isinstance(event, yaml.ScalarEvent):
+                cut += _open(event.value)
+                continue
+            if start.flow_style and (cut := self.cut(event, "")):
+                item = _Sized(Tree(BROKEN, self.mark(event)), 1, 0)
+            items.append(item)
         return _around(Tree([item.tree for item in items], self.mark(start), tag=tag), items)
 
     def mapping(self, start: yaml.MappingStartEvent, depth: int) -> _Sized:
         tag = self.tag(start)
         entries: dict[str, _Sized] = {}
         keys: dict[str, Mark] = {}
+        cut = 0
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             name = self.value(event, depth + 1).tree
-            inside = self.value(next(self.events), depth + 1)
+            content = next(self.events)
+            inside = self.value(content, depth + 1)
             if not isinstance(event, yaml.ScalarEvent):
                 self.note("", "a key must be a word", event)
                 continue
             key = event.value
+            if cut > 0 and isinstance(content, yaml.ScalarEvent) and not content.value:
+                cut += _open(key)
+                continue
+            if start.flow_style and (cut := self.cut(content, key)):
+                inside = _Sized(Tree(BROKEN, self.mark(content)), 1, 0)
             if key == "<<" and not event.style:
                 self.note("", "merge keys are not read; use `extends`, or a name of `vars`", event)
             elif key in entries:
@@ -195,9 +210,28 @@ class _Reader:
             return event.value
         value = scalar(event.value)
         if isinstance(value, float) and not math.isfinite(value):
-            self.note("", f"numbers must be finite; got {shortened(event.value)}", event)
+            what = shortened(event.value)
+            if _NOT_FINITE.fullmatch(event.value):
+                self.note("", f"numbers must be finite; got {what}", event)
+            else:
+                digits = sum(map(str.isdigit, event.value))
+                long = f", a number of {digits:,} digits" if digits > len(what) else ""
+                self.note("", f"numbers must be finite, below 1.8e308; got {what}{long}", event)
             return BROKEN
         return value
+
+    def cut(self, event: yaml.Event, path: str) -> int:
+        """How many brackets an expression in a flow collection leaves open where a comma has cut it, which is noted."""
+        if not isinstance(event, yaml.ScalarEvent) or event.style or not event.value.startswith("$("):
+            return 0
+        place = event.start_mark
+        rest = " ".join([self.lines[place.line][place.column :], *self.lines[place.line + 1 :]])
+        whole = _balanced(rest[: 2 * MAX_LENGTH])
+        if _open(event.value) <= 0 or whole is None:
+            return 0
+        message = f"YAML ends {shortened(event.value)!r} at the comma; put the whole expression in quotes: "
+        self.note(path, message + (f"'{whole}'" if '"' in whole else f'"{whole}"'), event)
+        return _open(event.value)
 
     def explained(self, error: yaml.MarkedYAMLError) -> Problem:
         """The parser's complaint; where it is about the end of the text, at what was never closed."""
@@ -217,6 +251,23 @@ class _Reader:
 
 def _around(tree: Tree, items: list[_Sized]) -> _Sized:
     return _Sized(tree, 1 + sum(item.size for item in items), 1 + max((item.height for item in items), default=0))
+
+
+def _open(text: str) -> int:
+    """How many more round brackets are opened than closed."""
+    return text.count("(") - text.count(")")
+
+
+def _balanced(text: str) -> str | None:
+    """The expression that a text begins with, up to the bracket that closes it, unless the collection ends before."""
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if char in "[]{}":
+            return None
+        if char == ")" and not depth:
+            return " ".join(text[: index + 1].split())
+    return None
 
 
 def scalar(text: str) -> Scalar:

@@ -14,20 +14,24 @@ nodes; with no holes there is nothing to choose. The language:
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean, nearest
 from zoo.expression import Expression, ExpressionError, is_expression, parse
 from zoo.spec.source import shortened
-from zoo.spec.tree import BROKEN, HOLE_KINDS, REPLACE, Scalar, Tree, merge
+from zoo.spec.tree import BROKEN, HOLE_KINDS, REPLACE, Scalar, Tree, merge, walk
 
 MAX_LAYERS = 4096
 MAX_VALUES = 100_000
+MAX_WHOLE = 2**53
+"""Largest end of a range: beyond it whole numbers and the floats that samplers compute with differ."""
 MAX_NAMES = 50
 PATTERN = ("repeat", "of")
+_BESIDE_HOLES = ("name", "step", "log")
 NAMED_FIELDS = ("width", "context")
 """Fields of the model that expressions may use by name."""
 
@@ -71,12 +75,12 @@ class Hole:
     name: str | None = None
     mark: Mark | None = None
 
-    def labels(self) -> tuple[Any, ...]:
-        """Every value that it can take; empty for a range of real numbers."""
+    def labels(self) -> Sequence[Any]:
+        """Every value that it can take, those of a range unlisted; empty for a range of real numbers."""
         if self.kind == "choice":
             return tuple(option.label for option in self.options)
         if self.kind == "int":
-            return tuple(range(int(self.low), int(self.high) + 1, self.step))
+            return range(int(self.low), int(self.high) + 1, self.step)
         return ()
 
     def option(self, label: Any) -> Option | None:
@@ -295,6 +299,7 @@ class _Compiler:
         if declared is not None and not isinstance(declared.value, dict):
             self.complain("vars", "expected a mapping from names to values", declared.mark)
         self.declared = declared.entries if declared is not None else {}
+        self.declared = self._without_circles(self.declared)
         self.named = {name: source.entries[name] for name in NAMED_FIELDS if name in source.entries} | self.declared
         self.unfolding: list[Tree] = []
         self.open: list[str] = []
@@ -304,6 +309,30 @@ class _Compiler:
                 self.complain(f"vars.{name}", f"{name!r} is no name: letters, digits and _ only", place)
             part = self.part(item, f"vars.{name}")
             self.variables[name] = replace(part, name=name) if isinstance(part, Hole) else part
+
+    def _without_circles(self, declared: dict[str, Tree]) -> dict[str, Tree]:
+        """The variables, those that are defined by themselves broken and complained about, used or not."""
+        behind = {name: _names_in(item) for name, item in declared.items()}
+        circular: set[str] = set()
+        done: set[str] = set()
+        for start in declared:
+            trail = {} if start in done else {start: iter(behind[start])}
+            while trail:
+                last, links = next(reversed(trail.items()))
+                name, mark = next(links, (None, None))
+                if name is None:
+                    done.add(last)
+                    del trail[last]
+                elif name in trail:
+                    names = [*trail]
+                    circle = names[names.index(name) :]
+                    if circular.isdisjoint(circle):
+                        text = " -> ".join([*circle, name])
+                        self.complain(f"vars.{last}", f"{name!r} is defined by itself: {shortened(text, 200)}", mark)
+                    circular.update(circle)
+                elif name in behind and name not in done:
+                    trail[name] = iter(behind[name])
+        return {name: Tree(BROKEN, item.mark) if name in circular else item for name, item in declared.items()}
 
     def complain(self, path: str, message: str, mark: Mark | None) -> None:
         self.problems.append(Problem(path, message, mark))
@@ -325,6 +354,10 @@ class _Compiler:
             return self._hole(node, path)
         if "repeat" in node.value or "of" in node.value:
             return self._sequence(Tree([node], node.mark), path, alone=True)
+        if (key := _meant_as_hole(node)) is not None:
+            message = f"unknown key {key!r} of a hole{did_you_mean(key, HOLE_KINDS)}"
+            self.complain(f"{path}.{key}", message, node.key_place(key))
+            return Leaf(Tree(BROKEN, node.mark))
         entries = {key: item for key, item in node.value.items() if key != "overrides" or "layers" not in node.value}
         parts = {
             key: self._layers(node, f"{path}.{key}") if key == "layers" else self.part(item, f"{path}.{key}")
@@ -490,16 +523,23 @@ class _Compiler:
             return True, 1
         return len(set(values)) <= 1, max(values, default=0)
 
-    def _possible(self, part: Part) -> Iterator[Any]:
-        """Every value that a number of repetitions can take."""
+    def _possible(self, part: Part, *, ends: bool = True) -> Iterator[Any]:
+        """Every value that a number of repetitions can take; with `ends`, of a range of too many only the two ends."""
         if isinstance(part, Leaf):
             yield part.value.value
         elif isinstance(part, Formula):
             yield from self._formula_values(part.expression)
-        elif isinstance(part, Hole) and part.kind != "float":
-            yield from part.labels() if part.kind == "int" else ()
+        elif isinstance(part, Hole) and part.kind == "int":
+            values = part.labels()
+            if len(values) <= MAX_LAYERS:
+                yield from values
+            elif ends:
+                yield from (values[0], values[-1])
+            else:
+                raise ZooError(f"a range of {len(values):,} values is too large to compute a number of repetitions of")
+        elif isinstance(part, Hole) and part.kind == "choice":
             for option in part.options:
-                yield from self._possible(option.part)
+                yield from self._possible(option.part, ends=ends)
         else:
             raise ZooError("a number of repetitions is whole; use a number, `int` or `choice`")
 
@@ -525,7 +565,7 @@ class _Compiler:
             raise ExpressionError(f"{name!r} stands behind {MAX_NAMES} names that rest on each other", text, column)
         self.open.append(name)
         try:
-            return list(self._possible(self.part(self.named[name], name)))
+            return list(self._possible(self.part(self.named[name], name), ends=text == f"${name}"))
         finally:
             self.open.pop()
 
@@ -543,7 +583,7 @@ class _Compiler:
             name = None
         body = node.entries[kind]
         hole = self._choice(body, path) if kind == "choice" else self._range(kind, node, path)
-        return Leaf(Tree(None, node.mark)) if hole is None else replace(hole, name=name, mark=node.mark)
+        return Leaf(Tree(BROKEN, node.mark)) if hole is None else replace(hole, name=name, mark=node.mark)
 
     def _choice(self, body: Tree, path: str) -> Hole | None:
         given: list[tuple[Scalar | None, Tree]]
@@ -582,6 +622,10 @@ class _Compiler:
             return None
         low, high = ends
         assert isinstance(low, int | float) and isinstance(high, int | float)
+        if whole and max(abs(low), abs(high)) > MAX_WHOLE:
+            given = shortened(str(max(low, high, key=abs)))
+            self.complain(path, f"the ends of a range are at most {MAX_WHOLE} (2**53); got {given}", body.mark)
+            return None
         if low > high:
             self.complain(path, f"the range [{low}, {high}] is empty", body.mark)
             return None
@@ -594,9 +638,32 @@ class _Compiler:
         return Hole(kind, low=low, high=high - (high - low) % step if whole else high, step=step, log=log)
 
 
+def _meant_as_hole(node: Tree) -> str | None:
+    """The key of a mapping that holds what a hole holds, and is nearly called like one."""
+    key = next((key for key in node.entries if key not in _BESIDE_HOLES), None)
+    if key is None or any(other != key and other not in _BESIDE_HOLES for other in node.entries):
+        return None
+    kind = nearest(key, HOLE_KINDS)
+    content = node.entries[key]
+    if kind == "choice":
+        return key if isinstance(content.value, list | dict) else None
+    ends = [item.value for item in content.items]
+    return key if kind and len(ends) == 2 and all(isinstance(end, int | float) for end in ends) else None
+
+
 def _whole(change: Tree) -> bool:
     """Whether what is laid on a layer needs nothing below it."""
     return change.tag == REPLACE or not isinstance(change.value, dict) or "type" in change.value
+
+
+def _names_in(node: Tree) -> list[tuple[str, Mark | None]]:
+    """The names that the expressions inside a value stand on, and where; expressions that cannot be read have none."""
+    found: list[tuple[str, Mark | None]] = []
+    for _, item in walk(node):
+        if isinstance(item.value, str) and item.value.startswith("$"):
+            with contextlib.suppress(ExpressionError):
+                found += [(name, _shift(item.mark, column)) for name, column in parse(item.value).columns.items()]
+    return found
 
 
 def _extent(node: Tree, known: dict[int, tuple[Tree, int, int]]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, memory_explained
 from zoo.train.checkpoint import load_checkpoint, load_weights, replacing, save_checkpoint, save_weights
 from zoo.train.data import Data, load_data
 from zoo.train.data.module import DataModule
@@ -40,8 +40,27 @@ SECONDS_BETWEEN_REPORTS = 0.25
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+LESS_MEMORY = "A smaller --batch, a larger --accumulate, a shorter --context or --checkpointing needs less"
+
+
 class DivergedError(ZooError):
     """The loss stopped being finite."""
+
+
+class OtherRunError(ZooError):
+    """The folder holds a run of another model, other data or other settings; `differences` says of which."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        differences: str,
+        remedy: str = "take another folder, or start anew with resume='never'",
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.differences = differences
+        super().__init__(
+            f"{checkpoint} belongs to another run ({differences}); resume with what it was started with, {remedy}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +121,7 @@ def fit(
 
     `resume`: `auto` goes on from `last.ckpt` if there is one, `always` insists on one, `never` starts anew and removes
     what an earlier run left. Raises ZooError if the checkpoint belongs to another model, other data or settings that
-    matter, or if the folder cannot be written, and DivergedError if the loss stops being finite.
+    matter, or if the folder cannot be written, OutOfMemoryError, and DivergedError if the loss stops being finite.
     """
     folder = Path(folder)
     data = data or load_data(
@@ -116,7 +135,13 @@ def fit(
     home = next(model.parameters()).device
     if run.state.stopped not in ("finished", "early"):
         run.state.stopped = None
-        with _quiet(), _threads(settings.threads), _random_state(device), _signal_handlers():
+        with (
+            _quiet(),
+            _threads(settings.threads),
+            _random_state(device),
+            _signal_handlers(),
+            memory_explained(f"training on {device}", LESS_MEMORY),
+        ):
             _train(run, start, device)
     model.to(home)
     return run.finish()
@@ -183,6 +208,9 @@ class _Run(Callback):
         self._pending: list[tuple[int, Tensor]] = []
         self._losses = torch.zeros(2)
         self._last_row: dict[str, float] = {}
+        self._evaluating = 0.0
+        self._evaluations = 0
+        """Seconds of this session's evaluations, and how many there were."""
 
     # Before and after
 
@@ -209,10 +237,7 @@ class _Run(Callback):
         changed = [name for name in here if here[name] != there.get(name)]
         if changed:
             differences = ", ".join(f"{name}: {there.get(name)} there, {here[name]} now" for name in changed)
-            raise ZooError(
-                f"{self.checkpoint} belongs to another run ({differences}); "
-                "resume with what it was started with, take another folder, or start anew with resume='never'"
-            )
+            raise OtherRunError(self.checkpoint, differences)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -391,7 +416,11 @@ class _Run(Callback):
         """Add the time since the last call to the totals."""
         now = time.monotonic()
         self.state.seconds += now - self._clocked
-        self.state.training_seconds += now - self._clocked if training else 0.0
+        if training:
+            self.state.training_seconds += now - self._clocked
+        else:
+            self._evaluating += now - self._clocked
+            self._evaluations += 1
         self._clocked = now
 
     def _rate(self) -> float:
@@ -401,8 +430,6 @@ class _Run(Callback):
         self._reported = time.monotonic()
         if self.progress is None:
             return
-        done = self.step - self._first
-        left = (self.settings.steps - self.step) * (self._reported - self._began) / max(1, done)
         self.progress(
             Progress(
                 step=self.step,
@@ -416,9 +443,28 @@ class _Run(Callback):
                 evaluated=evaluated,
                 tokens_per_second=self._rate(),
                 unit="tokens" if self.description.input_kind == "tokens" else "images",
-                seconds_left=left,
+                seconds_left=self._seconds_left(evaluated=evaluated),
             )
         )
+
+    def _seconds_left(self, *, evaluated: bool) -> float:
+        """What the steps and evaluations that are left take at the pace of this session.
+
+        Before the first evaluation its samples count as a third of as many in training: forward passes only.
+        """
+        settings, steps = self.settings, self.settings.steps
+        training = self._reported - self._began - self._evaluating
+        step_seconds = training / max(1, self.step - self._first)
+        if self._evaluations:
+            evaluation_seconds = self._evaluating / self._evaluations
+        else:
+            samples = min(settings.evaluate_samples, self.description.sizes["valid"] or settings.evaluate_samples)
+            evaluation_seconds = step_seconds * samples / settings.batch / 3
+        interval = settings.evaluation_interval
+        evaluations = math.ceil(steps / interval) - self.step // interval if self.step < steps else 0
+        due = self.step % interval == 0 or self.step == steps
+        evaluations += due and not evaluated
+        return (steps - self.step) * step_seconds + evaluations * evaluation_seconds
 
     def _not_finite(self, what: str, value: float, step: int) -> DivergedError:
         last = "none before it was" if self.state.loss is None else f"the last finite loss was {self.state.loss:.4f}"

@@ -1,4 +1,4 @@
-"""The convolution one token after another, as the formula reads."""
+"""The convolutions as the formulas read: the short one token after another, the long one lag after lag."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
-from zoo.kernels.segments import starts
+from zoo.kernels.segments import runs, starts
 
 
 def causal_convolution(
@@ -29,3 +29,15 @@ def causal_convolution(
     if bias is not None:
         out = out + bias.to(dtype)
     return (F.silu(out) if silu else out).to(x.dtype), recent
+
+
+def long_convolution(x: Tensor, filters: Tensor, segments: Tensor | None) -> Tensor:
+    run = None if segments is None else runs(segments)
+    tokens = x.shape[1]
+    out = torch.zeros_like(x)
+    for lag in range(min(filters.shape[1], tokens)):
+        seen = F.pad(x[:, : tokens - lag], (0, 0, lag, 0))
+        if run is not None:
+            seen = seen.masked_fill((F.pad(run[:, : tokens - lag], (lag, 0)) != run).unsqueeze(-1), 0)
+        out = out + filters[:, lag] * seen
+    return out

@@ -1,53 +1,152 @@
-"""Matrix products with a weight for each group of rows; see `grouped_matmul` and `sort_by_group`."""
+"""Matrix products with a weight for each group of rows or of columns; see the public functions."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoo.kernels import checks
+from zoo.kernels import checks, launch
 from zoo.kernels.dispatch import Call, Implementation, Primitive
 from zoo.kernels.grouped import reference, torch_path
+
+MOST_CHOICES = 1024
+"""Most choices of which the kernel holds a row in registers."""
+
+
+class Routing(NamedTuple):
+    """Which choices each row takes, and the (row, choice) pairs sorted by choice."""
+
+    chosen: Tensor
+    """`[rows, top_k]`, the best first."""
+    order: Tensor
+    """`[rows * top_k]`: the numbers `row * top_k + k` of the pairs, sorted by choice; equal choices by number."""
+    place: Tensor
+    """`[rows, top_k]`: where each pair stands in `order`."""
+    offsets: Tensor
+    """`[choices + 1]`: where each choice's pairs begin, as `grouped_matmul` takes them."""
+
+
+def _grouped_matmul_kernel(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    output_widths: Tensor | None,
+    input_widths: Tensor | None,
+    source: Tensor | None,
+) -> Tensor:
+    from zoo.kernels.grouped import triton_path
+
+    return triton_path.grouped_matmul(x, weight, offsets, output_widths, input_widths, source)
+
 
 _GROUPED_MATMUL = Primitive(
     "grouped_matmul",
     (
+        Implementation("triton", _grouped_matmul_kernel, launch.refusal),
         Implementation("torch", torch_path.grouped_matmul),
         Implementation("reference", reference.grouped_matmul),
     ),
 )
-PRIMITIVES = (_GROUPED_MATMUL,)
+_BLOCK_DIAGONAL = Primitive(
+    "block_diagonal_matmul",
+    (
+        Implementation("torch", torch_path.block_diagonal_matmul),
+        Implementation("reference", reference.block_diagonal_matmul),
+    ),
+)
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _serves_routing(call: Call) -> str | None:
+    choices = call.facts.get("choices", 0)
+    too_many = f"takes up to {MOST_CHOICES} choices, not {choices}" if choices > MOST_CHOICES else None
+    return launch.refusal(call) or too_many
+
+
+def _route_kernel(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from zoo.kernels.grouped import triton_path
+
+    return triton_path.route(scores, top_k)
+
+
+_ROUTE = Primitive(
+    "route",
+    (
+        Implementation("triton", _route_kernel, _serves_routing),
+        Implementation("torch", torch_path.route),
+        Implementation("reference", reference.route),
+    ),
+)
+PRIMITIVES = (_GROUPED_MATMUL, _BLOCK_DIAGONAL, _ROUTE)
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    source: Tensor | None = None,
+    output_widths: Tensor | None = None,
+    input_widths: Tensor | None = None,
+) -> Tensor:
     """Row `i` of group `g` becomes `weight_g x_i`: the products of a mixture of experts, without padding.
 
     Args:
-        x: `[rows, input_width]`, rows sorted by group.
-        weight: `[groups, output_width, input_width]`.
+        x: `[rows, input_width]`, rows sorted by group; or in any order, with `source`.
+        weight: `[groups, output_width, input_width]`, or `[output_width, input_width]` for all groups.
         offsets: integers `[groups + 1]`, from 0 to `rows`; group `g` owns rows `offsets[g]` to `offsets[g + 1]`, which
             may be none. `sort_by_group` gives them.
+        source: integers `[rows]`: row `i` of the product reads `x[source[i]]`, as of a token that several experts take,
+            without a copy of `x` in the order of the groups. None is row `i` itself.
+        output_widths: integers `[groups]`, from 0 to `output_width`: group `g` has only the first `output_widths[g]`
+            outputs, the others are 0. None is all.
+        input_widths: integers `[groups]`: group `g` reads only the first `input_widths[g]` inputs. None is all.
+
+    With a weight for all groups the widths are MatFormer's nested networks, of different sizes in one batch (Devvrit et
+    al. 2023, arXiv 2310.07707): with `up` and `down` `[hidden, width]` and the tokens sorted by size,
+    `h = act(grouped_matmul(x, up, offsets, output_widths=m))`, `y = grouped_matmul(h, down.T, offsets,
+    input_widths=m)`. A group costs what its widths say.
 
     Returns:
         `[rows, output_width]`. Differentiable once in `x` and `weight`; an empty group's weight has gradient zero.
 
     Under autocast both operands are cast to its dtype, as a linear layer's are.
-    `O(rows input_width output_width)`. Raises `ZooError` for shapes that do not fit, and for offsets that do not
-    ascend from 0 to `rows`.
+    `O(rows input_width output_width)`. Raises `ZooError` for shapes, dtypes and devices that do not fit. Offsets that
+    do not ascend from 0 to `rows`, and widths outside the weight, raise it where the host sees them; on a GPU, which is
+    not waited for, widths and `source` are clamped and wrong offsets leave rows undefined.
     """
     name = "grouped_matmul"
     checks.rank(name, "x", x, "rows, input_width")
-    checks.rank(name, "weight", weight, "groups, output_width, input_width")
     checks.rank(name, "offsets", offsets, "groups + 1")
     checks.integers(name, "offsets", offsets)
-    groups, output_width, _ = weight.shape
-    axes = "groups, output_width, input_width"
-    checks.shape(name, "weight", weight, axes, (groups, output_width, x.shape[1]))
-    checks.shape(name, "offsets", offsets, "groups + 1", (groups + 1,))
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return _GROUPED_MATMUL.select(Call(x.device.type, x.dtype, {"groups": groups}))(x, weight, offsets)
+    if weight.dim() == 2:
+        axes = "output_width, input_width"
+        checks.shape(name, "weight", weight, axes, (weight.shape[0], x.shape[1]))
+    else:
+        axes = "groups, output_width, input_width"
+        checks.rank(name, "weight", weight, axes)
+        checks.shape(name, "weight", weight, axes, (*weight.shape[:2], x.shape[1]))
+        checks.shape(name, "offsets", offsets, "groups + 1", (weight.shape[0] + 1,))
+    if source is not None:
+        checks.rank(name, "source", source, "rows")
+        checks.integers(name, "source", source)
+        _same_device(name, "source", source, x)
+    groups, rows = offsets.shape[0] - 1, (x if source is None else source).shape[0]
+    if groups < 1 and not (groups == 0 and rows == 0):
+        checks.fail(name, f"offsets has shape {list(offsets.shape)}, no group for {rows} rows")
+    if rows and not x.shape[0]:
+        checks.fail(name, f"source asks for {rows} rows, x has none")
+    for parameter, widths in (("output_widths", output_widths), ("input_widths", input_widths)):
+        if widths is not None:
+            checks.integers(name, parameter, widths)
+            checks.shape(name, parameter, widths, "groups", (groups,))
+            _same_device(name, parameter, widths, x)
+    _same_device(name, "weight", weight, x)
+    _same_device(name, "offsets", offsets, x)
+    x, weight = _one_dtype(name, x, weight)
+    call = Call(x.device.type, x.dtype, {"groups": groups})
+    return _GROUPED_MATMUL.select(call)(x, weight, offsets, output_widths, input_widths, source)
 
 
 def sort_by_group(group_of_row: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -61,3 +160,60 @@ def sort_by_group(group_of_row: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     sorted_groups, order = torch.sort(group_of_row, stable=True)
     bounds = torch.arange(groups + 1, device=group_of_row.device, dtype=sorted_groups.dtype)
     return order, torch.searchsorted(sorted_groups, bounds)
+
+
+def route(scores: Tensor, top_k: int) -> Routing:
+    """The `top_k` choices of each row with the highest scores, and the pairs sorted by choice, for `grouped_matmul`.
+
+    `scores` is `[rows, choices]`. The result is integers, to which no gradient flows; the weights of the choices are
+    `scores.gather(-1, chosen)`. With `routing = route(scores, k)` the experts' first product is
+    `grouped_matmul(x, weight, routing.offsets, source=routing.order // k)`, and row `routing.place[i, j]` of what the
+    experts make belongs to token `i` and its choice `j`.
+
+    NaN counts as the highest score. Of equal scores the reference and the kernel take the first, `torch.topk` any.
+    `O(rows choices top_k)`. Raises `ZooError` unless `scores` is a floating-point matrix and `top_k` from 1 to
+    `choices`.
+    """
+    checks.rank("route", "scores", scores, "rows, choices")
+    if not scores.is_floating_point():
+        checks.fail("route", f"scores has dtype {scores.dtype}, expected a floating-point dtype")
+    choices = scores.shape[1]
+    if not 1 <= top_k <= choices:
+        checks.fail("route", f"top_k is {top_k}, expected 1 to the number of choices, {choices}")
+    call = Call(scores.device.type, scores.dtype, {"choices": choices})
+    return Routing(*_ROUTE.select(call)(scores.detach(), top_k))
+
+
+def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ diag(weight_0, weight_1, ...)`: each part of the last dimension meets a matrix of its own.
+
+    `x` is `[..., blocks * input_width]`, `weight` `[blocks, input_width, output_width]`; the result is `[..., blocks *
+    output_width]`. Differentiable once. Under autocast both operands are cast to its dtype.
+
+    `O(rows blocks input_width output_width)`, a `blocks`-th of the whole matrix. Raises `ZooError` for shapes, dtypes
+    and devices that do not fit. Source: Dao et al. 2022, arXiv 2204.00595 (one factor of a Monarch matrix).
+    """
+    name = "block_diagonal_matmul"
+    checks.rank(name, "weight", weight, "blocks, input_width, output_width")
+    blocks, input_width, _ = weight.shape
+    if x.dim() == 0 or x.shape[-1] != blocks * input_width:
+        expected = f"[..., blocks * input_width] = [..., {blocks * input_width}]"
+        checks.fail(name, f"x has shape {list(x.shape)}, expected {expected} for weight {list(weight.shape)}")
+    _same_device(name, "weight", weight, x)
+    x, weight = _one_dtype(name, x, weight)
+    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight)
+
+
+def _same_device(name: str, parameter: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        checks.fail(name, f"{parameter} is on {tensor.device}, x on {x.device}; expected one device")
+
+
+def _one_dtype(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both operands as autocast wants them, else as they are."""
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if weight.dtype != x.dtype or not x.is_floating_point():
+        checks.fail(name, f"x has dtype {x.dtype} and weight {weight.dtype}, expected one floating-point dtype")
+    return x, weight

@@ -1,18 +1,25 @@
-"""The recurrence in chunks: matrix products inside a chunk, a short loop that carries the state between chunks."""
+"""The recurrence in chunks: matrix products inside a chunk, a short loop that carries the state between chunks.
+
+On CPUs chunks are computed one after another, so that what is between the products stays in the cache. Where decays are
+mild, as they nearly always are, a chunk's decays `exp(total_i - total_j)` are split into a factor for each token, and
+the products are those of a recurrence without decay; other chunks, and all of them in a compiled graph or on another
+device, keep the decays of pairs together, which can not overflow.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
-from zoo.kernels.segments import runs
+from zoo.kernels.segments import runs, starts
 
-# Elements of the largest tensor between two products, kept near the size of a core's second-level cache.
-_SPAN_ELEMENTS = 1 << 18
+MILD = 60.0
+"""Logarithm of the largest factor of a token: products with it stay far from the range of float32."""
 
 
 def recurrence(
@@ -30,20 +37,21 @@ def recurrence(
     out_dtype = v.dtype
     dtype = at_least_float32(v.dtype if state is None else torch.promote_types(v.dtype, state.dtype))
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if scale is not None:
-        q = q * scale
     if log_decay is not None:
-        log_decay = log_decay.to(dtype).clamp(_least_exponent(dtype), 0)
+        log_decay = log_decay.to(dtype)
+        if log_decay.dim() == 1:
+            log_decay = log_decay.expand(1, tokens, heads)
     if state is None:
         state = v.new_zeros(batch, heads, key_dim, value_dim)
     state = state.to(dtype)
 
-    if tokens == 0:
+    if v.numel() == 0 and tokens * batch == 0:
         return v.to(out_dtype), state
     if tokens == 1:
-        out, state = _step(q, k, v, log_decay, state)
+        out, state = _step(q if scale is None else q * scale, k, v, log_decay, state)
     else:
-        out, state = _in_spans(q, k, v, log_decay, state, segments, min(chunk, tokens))
+        scale = 1.0 if scale is None else scale
+        out, state = _in_chunks(q, k, v, log_decay, state, segments, scale, min(chunk, tokens))
     return out.to(out_dtype), state
 
 
@@ -56,44 +64,173 @@ def _least_exponent(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).tiny)
 
 
+def _clamped(log_decay: Tensor) -> Tensor:
+    return log_decay.clamp(_least_exponent(log_decay.dtype), 0)
+
+
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     # [batch, groups, heads of the group, key_dim, value_dim]
     S = state.view(batch, groups, -1, key_dim, value_dim)
     if log_decay is not None:
-        S = S * log_decay.exp().view(-1, groups, heads // groups, 1, 1)
+        factor = _clamped(log_decay).exp()
+        by_channel = (batch, groups, 1, key_dim, 1)
+        S = S * factor.view((-1, groups, heads // groups, 1, 1) if log_decay.dim() == 3 else by_channel)
     S = torch.addcmul(S, k.view(batch, groups, 1, key_dim, 1), v.view(batch, groups, -1, 1, value_dim))
     out = q.view(batch, groups, 1, 1, key_dim) @ S
     return out.view(batch, 1, heads, value_dim), S.view(state.shape)
 
 
-def _in_spans(
+def _in_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
     state: Tensor,
     segments: Tensor | None,
+    scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """A few chunks after another, so that what is between the products stays in the cache."""
-    batch, tokens, heads, value_dim = v.shape
-    a_chunk = batch * chunk * heads * max(chunk, value_dim)
-    # A compiler fuses the passes itself, and would have one graph for each span.
-    span = tokens if torch.compiler.is_compiling() else chunk * max(1, _SPAN_ELEMENTS // max(1, a_chunk))
-    pieces = [x.split(span, 1) for x in (q, k, v)]
-    count = len(pieces[0])
-    decays = [log_decay] * count if log_decay is None or log_decay.dim() == 1 else log_decay.split(span, 1)
-    run = None if segments is None else runs(segments)
-    run_pieces = [None] * count if run is None else run.split(span, 1)
+    batch, tokens, groups, _ = q.shape
+    heads, value_dim = v.shape[2:]
+    padding = -tokens % chunk
+    run, begins = None, None
+    if segments is not None:
+        run, begins = runs(segments), starts(segments)
+    if padding:
+        # A padded token has key 0 and decay 1, so it changes nothing, and its output is cut off.
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+        if log_decay is not None:
+            log_decay = F.pad(log_decay, (0, 0) * (log_decay.dim() - 2) + (0, padding))
+        if run is not None and begins is not None:
+            run, begins = torch.cat([run, run[:, -1:].expand(-1, padding)], 1), F.pad(begins, (0, padding))
+    by_channel = log_decay is not None and log_decay.dim() == 4
     before = None if run is None else run[:, :1]
+
+    def together(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        state, run, begins, before = rest
+        q, log_decay = q * scale, None if log_decay is None else _clamped(log_decay)
+        if log_decay is not None and by_channel:
+            return _by_channel(q, k, v, log_decay, state, begins, chunk)
+        return _chunked(q, k, v, log_decay, state, run, before, chunk)
+
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        # A compiler would have one graph for each chunk.
+        out, state = together(q, k, v, log_decay, state, run, begins, before)
+        return out[:, :tokens], state
+
+    count = (tokens + padding) // chunk
+    within = [False] * count if begins is None else begins.unflatten(1, (-1, chunk)).any(2).any(0).tolist()
+    earlier = q.new_ones(chunk, chunk).tril_()
+    pieces: list[Any] = [[None] * count if x is None else x.split(chunk, 1) for x in (q, k, v, log_decay, run, begins)]
     outputs = []
-    for q_, k_, v_, decay, run_ in zip(*pieces, decays, run_pieces, strict=True):
-        out, state = _chunked(q_, k_, v_, decay, state, run_, before, chunk)
+    for begin_within, q_, k_, v_, decay, run_, begins_ in zip(within, *pieces, strict=True):
+        clamped = None if decay is None else _clamped(decay)
+        if not begin_within and (clamped is None or clamped.detach().sum(1).amin().item() >= -2 * MILD):
+            out, state = _mild_chunk(q_, k_, v_, clamped, state, scale, earlier)
+        else:
+            out, state = together(q_, k_, v_, decay, state, run_, begins_, before)
+            out = out.view(batch, chunk, groups, -1, value_dim)
         outputs.append(out)
         before = None if run_ is None else run_[:, -1:]
-    return torch.cat(outputs, 1), state
+    return torch.cat(outputs, 1).view(batch, -1, heads, value_dim)[:, :tokens], state
+
+
+def _mild_chunk(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, earlier: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`out_i = f_i (sum_(j <= i) (q_i k_j) v_j / f_j + q_i S exp(middle))` with `f = exp(total - middle)`.
+
+    With a decay for each channel the factors are the queries' and the keys'. `earlier` is a lower triangle of ones.
+    """
+    batch, chunk, groups, key_dim = q.shape
+    heads, value_dim = v.shape[2:]
+    per_group = heads // groups
+    factor = entering = leaving = None
+    if log_decay is not None:
+        by_channel = log_decay.dim() == 4
+        # Sums over tokens are slow where channels are many.
+        total = (earlier @ log_decay.flatten(2)).view(log_decay.shape) if by_channel else log_decay.cumsum(1)
+        last = total[:, -1:]
+        middle = (total[:, :1] + last) / 2
+        factor = (total - middle).exp()
+        shape = (-1, groups, key_dim, 1, 1) if by_channel else (-1, groups, 1, per_group, 1)
+        entering, leaving = middle.exp().view(shape), (last - middle).exp().view(shape)
+        if by_channel:
+            q, k = q * factor, k / factor
+        else:
+            factor = factor.unsqueeze(-1)
+            v = v / factor
+
+    def flat(x: Tensor, width: int) -> Tensor:
+        return x.reshape(batch, chunk, groups, width).transpose(1, 2).reshape(batch * groups, chunk, width)
+
+    # [batch, groups, key_dim, per_group, value_dim]
+    memory = state.view(batch, groups, per_group, key_dim, value_dim).transpose(2, 3)
+    inner, width = memory.shape, per_group * value_dim
+    if entering is not None:
+        memory = memory * entering
+    memory = memory.reshape(batch * groups, key_dim, width)
+    q, k, v = flat(q, key_dim), flat(k, key_dim), flat(v, width)
+    scores = torch.bmm(q, k.transpose(1, 2)).tril_()
+    out = torch.baddbmm(torch.bmm(q, memory), scores, v, beta=scale, alpha=scale)
+    out = out.view(batch, groups, chunk, per_group, value_dim).transpose(1, 2)
+    memory = torch.baddbmm(memory, k.transpose(1, 2), v).view(inner)
+    if leaving is not None:
+        memory = memory * leaving
+    if factor is not None and log_decay is not None and log_decay.dim() == 3:
+        out = out * factor.view(-1, chunk, groups, per_group, 1)
+    return out, memory.transpose(2, 3).reshape(state.shape)
+
+
+def _by_channel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, begins: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Chunks with a decay for each channel, by halves: from the first half of a block to the second, a pair's decay is
+    what the first half lets out times what the second half lets in. No factor is above 1, so none overflows.
+    """
+    batch, tokens, groups, key_dim = q.shape
+    heads, value_dim = v.shape[2:]
+    decay = log_decay.exp()
+    if begins is not None:
+        decay = decay.masked_fill(begins[:, :, None, None], 0)
+    size = 1 << (chunk - 1).bit_length()
+
+    def blocks(x: Tensor, fill: float = 0.0) -> Tensor:
+        """`[batch, chunks, groups, size, width]`"""
+        x = x.reshape(batch, -1, chunk, groups, x.shape[2:].numel() // groups).transpose(2, 3)
+        return F.pad(x, (0, 0, 0, size - chunk), value=fill)
+
+    q, k, v, decay = blocks(q), blocks(k), blocks(v), blocks(decay, 1.0)
+    lead = q.shape[:3]
+    scores = (q * k).sum(-1).view(*lead, size, 1, 1)
+    # Products of decays from the beginning of a block up to a token, and from behind a token to the block's end.
+    into, out_of = decay, torch.ones_like(decay)
+    block = 1
+    while block < size:
+
+        def halves(x: Tensor, block: int = block) -> tuple[Tensor, ...]:
+            return x.reshape(*lead, size // (2 * block), 2, block, x.shape[-1]).unbind(-3)
+
+        (_, q_2), (k_1, _), (into_1, into_2), (out_1, out_2) = halves(q), halves(k), halves(into), halves(out_of)
+        across = (q_2 * into_2) @ (k_1 * out_1).transpose(-1, -2)
+        first, second = halves(scores)
+        scores = torch.cat([F.pad(first, (0, block)), torch.cat([across, second], -1)], -2)
+        into = torch.cat([into_1, into_2 * into_1[..., -1:, :]], -2)
+        out_of = torch.cat([out_1 * into_2[..., -1:, :], out_2], -2)
+        block *= 2
+    scores, into, out_of = (x.reshape(*lead, size, x.shape[-1]) for x in (scores, into, out_of))
+    per_group = heads // groups
+    update = ((k * out_of).transpose(-1, -2) @ v).view(*lead, key_dim, per_group, value_dim)
+    entering, state = _carry(
+        state.view(batch, groups, per_group, key_dim, value_dim).transpose(2, 3),
+        update,
+        into[..., -1, :, None, None],
+    )
+    out = scores @ v + (q * into) @ entering.flatten(-2)
+    out = out[..., :chunk, :].transpose(2, 3).reshape(batch, tokens, heads, value_dim)
+    return out, state.transpose(2, 3).reshape(batch, heads, key_dim, value_dim)
 
 
 def _chunked(
@@ -109,23 +246,19 @@ def _chunked(
     """`run` numbers the runs of equal segments, `[batch, tokens]`; `run_before` is the state's, `[batch, 1]`."""
     batch, tokens, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
-    chunks = -(-tokens // chunk)
-    padding = chunks * chunk - tokens
-    if padding:
-        # A padded token has key 0 and decay 1, so it changes nothing, and its output is cut off.
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+    chunks = tokens // chunk
     per_group = heads // groups
 
     # [batch, chunks, groups, chunk, key_dim] and [batch, chunks, groups, chunk, per_group, value_dim]
-    q, k = (x.view(batch, chunks, chunk, groups, key_dim).transpose(2, 3) for x in (q, k))
-    v = v.view(batch, chunks, chunk, groups, per_group, value_dim).transpose(2, 3)
+    q, k = (x.reshape(batch, chunks, chunk, groups, key_dim).transpose(2, 3) for x in (q, k))
+    v = v.reshape(batch, chunks, chunk, groups, per_group, value_dim).transpose(2, 3)
 
     # Factors of the state that enters a chunk as each token sees it, and of each token's update at the chunk's end:
     # [batch, chunks, groups, chunk, per_group, 1], with 1 where they do not depend on a dimension.
     from_start = to_end = None
     visible = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     if run is not None and run_before is not None:
-        run = torch.cat([run, run[:, -1:].expand(-1, padding)], 1).view(batch, chunks, 1, chunk)
+        run = run.view(batch, chunks, 1, chunk)
         visible = visible & (run.unsqueeze(-1) == run.unsqueeze(-2))
         last = run[..., -1:]
         before = torch.cat([run_before[:, None, None], last[:, :-1]], 1)
@@ -136,8 +269,7 @@ def _chunked(
     if log_decay is None:
         within = (scores @ v.flatten(-2)).view(v.shape)
     else:
-        log_decay = log_decay.expand(log_decay.shape[0] if log_decay.dim() == 3 else 1, tokens, heads)
-        log_decay = F.pad(log_decay, (0, 0, 0, padding)).view(-1, chunks, chunk, groups, per_group)
+        log_decay = log_decay.reshape(-1, chunks, chunk, groups, per_group)
         total = log_decay.cumsum(2).permute(0, 1, 3, 4, 2)
         # Above the diagonal, where scores are zero, the exponential would overflow.
         decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(_least_exponent(q.dtype), 0).exp_()
@@ -156,7 +288,7 @@ def _chunked(
     out = (q @ entering.flatten(-2)).view(v.shape)
     if from_start is not None:
         out = out * from_start
-    out = out.add_(within).transpose(2, 3).reshape(batch, chunks * chunk, heads, value_dim)[:, :tokens]
+    out = out.add_(within).transpose(2, 3).reshape(batch, tokens, heads, value_dim)
     return out, state.transpose(2, 3).reshape(batch, heads, key_dim, value_dim)
 
 

@@ -1,23 +1,110 @@
-"""The selective scan of Mamba; see `selective_scan`."""
+"""Scans with a diagonal transition; see `selective_scan` and `diagonal_scan`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels import checks
+from zoo.kernels import checks, launch
 from zoo.kernels import segments as packing
 from zoo.kernels.dispatch import Call, Implementation, Primitive
 from zoo.kernels.scan import reference, torch_path
 
+FASTEST = -1e30
+"""The most negative A that is told from another."""
+WIDEST_STATE = 256
+"""Largest state of a channel that a program holds in registers."""
+
+
+def _serves_state(call: Call) -> str | None:
+    state_dim = call.facts.get("state_dim", 1)
+    unfit = f"takes states of 1 to {WIDEST_STATE}, not {state_dim}" if not 1 <= state_dim <= WIDEST_STATE else None
+    return launch.refusal(call) or unfit
+
+
+def _selective_scan_kernel(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.scan import triton_path
+
+    return triton_path.selective_scan(x, delta, A, B, C, D, z, state, starts)
+
+
+def _around(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A bare scan in the dtype of the computation, with the skip and the gate round it."""
+    dtype = checks.at_least_float32(x.dtype)
+    if state is None:
+        state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
+    # Minus infinity times a step of zero would be no number.
+    A = A.to(dtype).clamp(min=FASTEST)
+    x_, *rest = (each.to(dtype) for each in (x, delta, A, B, C, state))
+    out, final = scan(x_, *rest, starts)
+    if D is not None:
+        out = out + x_ * D
+    if z is not None:
+        out = out * F.silu(z.to(dtype))
+    return out.to(x.dtype), final
+
+
 _SELECTIVE_SCAN = Primitive(
     "selective_scan",
     (
-        Implementation("torch", torch_path.selective_scan),
-        Implementation("reference", reference.selective_scan),
+        Implementation("triton", _selective_scan_kernel, _serves_state),
+        Implementation("torch", partial(_around, torch_path.selective_scan)),
+        Implementation("reference", partial(_around, reference.selective_scan)),
     ),
 )
-PRIMITIVES = (_SELECTIVE_SCAN,)
+
+
+def _diagonal_kernel(x: Tensor, decay: Tensor, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.scan import triton_path
+
+    return triton_path.diagonal_scan(x, decay, state, starts)
+
+
+def _widened(
+    scan: Callable[..., tuple[Tensor, Tensor]], x: Tensor, decay: Tensor, state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A diagonal scan in the dtype of the computation."""
+    dtype = checks.at_least_float32(x.dtype)
+    if state is None:
+        state = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype)
+    out, final = scan(x.to(dtype), decay.to(dtype), state.to(dtype), starts)
+    return out.to(x.dtype), final
+
+
+_DIAGONAL_SCAN = Primitive(
+    "diagonal_scan",
+    (
+        Implementation("triton", _diagonal_kernel, launch.refusal),
+        Implementation("torch", partial(_widened, torch_path.diagonal_scan)),
+        Implementation("reference", partial(_widened, reference.diagonal_scan)),
+    ),
+)
+PRIMITIVES = (_SELECTIVE_SCAN, _DIAGONAL_SCAN)
 
 
 def selective_scan(
@@ -38,7 +125,7 @@ def selective_scan(
     Args:
         x: `[batch, tokens, channels]`.
         delta: step sizes, positive, like `x`.
-        A: `[channels, state_dim]`, negative.
+        A: `[channels, state_dim]`, negative; minus infinity forgets everything.
         B: `[batch, tokens, state_dim]`, shared by all channels.
         C: like `B`.
         D: `[channels]`, the skip; None is none.
@@ -73,15 +160,45 @@ def selective_scan(
         checks.shape(name, "state", state, "batch, channels, state_dim", (batch, channels, state_dim))
     packing.check(name, segments, batch, tokens)
 
-    dtype = checks.at_least_float32(x.dtype)
-    if state is None:
-        state = x.new_zeros(batch, channels, state_dim, dtype=dtype)
     starts = None if segments is None or tokens < 2 else packing.starts(segments)
     call = Call(x.device.type, x.dtype, {"state_dim": state_dim, "segments": segments is not None})
-    wide = [each.to(dtype) for each in (x, delta, A, B, C, state)]
-    out, final = _SELECTIVE_SCAN.select(call)(*wide, starts)
-    if D is not None:
-        out = out + wide[0] * D
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.to(x.dtype), final
+    return _SELECTIVE_SCAN.select(call)(x, delta, A, B, C, D, z, state, starts)
+
+
+def diagonal_scan(
+    x: Tensor, decay: Tensor, *, state: Tensor | None = None, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Element-wise gated recurrence `h_t = decay_t * h_(t-1) + x_t`.
+
+    Args:
+        x: `[batch, tokens, channels]`, real or complex; what drives the state, already gated by the caller.
+        decay: like `x`, or `[channels]` for one that does not change; real or complex. Zero clears the state.
+        state: `h` before the first token, `[batch, channels]`; None is zero.
+        segments: integer ids `[batch, tokens]`; the state is cleared where the id changes. `state` belongs to the
+            segment of the first token.
+
+    Returns:
+        All states `[batch, tokens, channels]` in `x`'s dtype, complex if anything given is complex, and the last one,
+        `[batch, channels]`, in the dtype of the computation: float32 for half precision. Differentiable once.
+
+    `O(tokens channels)`. It is what QRNN (Bradbury et al. 2016, arXiv 1611.01576), SRU (arXiv 1709.02755), minGRU
+    (arXiv 2410.01201), S4D (arXiv 2206.11893), LRU (arXiv 2303.06349) and a diagonalised LMU have in common.
+    Raises `ZooError` for shapes that do not fit.
+    """
+    name = "diagonal_scan"
+    checks.rank(name, "x", x, "batch, tokens, channels")
+    batch, tokens, channels = x.shape
+    if decay.shape not in ((channels,), (batch, tokens, channels)):
+        checks.fail(
+            name,
+            f"decay has shape {list(decay.shape)}, expected [channels] = [{channels}] "
+            f"or [batch, tokens, channels] = {[batch, tokens, channels]}",
+        )
+    if state is not None:
+        checks.shape(name, "state", state, "batch, channels", (batch, channels))
+    packing.check(name, segments, batch, tokens)
+    if decay.is_complex() or (state is not None and state.is_complex()):
+        x = x.to(torch.promote_types(x.dtype, torch.complex64))
+    starts = None if segments is None or tokens < 2 else packing.starts(segments)
+    call = Call(x.device.type, x.dtype, {"constant": decay.dim() == 1, "segments": segments is not None})
+    return _DIAGONAL_SCAN.select(call)(x, decay, state, starts)

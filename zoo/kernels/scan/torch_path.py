@@ -7,9 +7,11 @@ The backward keeps the states that enter the chunks and computes the others agai
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of a chunk's states: two or three such buffers should fit the second-level cache of a core.
@@ -168,3 +170,80 @@ def _gradients(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[T
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def diagonal_scan(x: Tensor, decay: Tensor, state: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    decay = decay.expand_as(x)
+    if starts is not None:
+        decay = decay.masked_fill(starts.unsqueeze(-1), 0)
+    if x.shape[1] == 1:
+        out = torch.addcmul(x, decay, state.unsqueeze(1))
+    else:
+        out = _diagonal(x, decay, state)
+    return out, out[:, -1] if x.shape[1] else state
+
+
+def _scan_chunks(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    """All states, `[batch, tokens, channels]`: all chunks at once from zero, then what entered each is added.
+
+    Only products of decays are needed, no quotients, so a decay may be zero.
+    """
+    batch, tokens, channels = x.shape
+    length = max(1, isqrt(tokens // 2))
+    chunks = -(-tokens // length)
+    padding = (0, 0, 0, chunks * length - tokens)
+    shape = (batch, chunks, length, channels)
+    states = F.pad(x, padding).view(shape)
+    products = F.pad(decay, padding).view(shape)
+    # Both are written in place below and must not be the caller's.
+    if padding[-1] == 0:
+        states, products = states.clone(), products.clone()
+    state_of, product_of = states.unbind(2), products.unbind(2)
+    for t in range(1, length):
+        torch.addcmul(state_of[t], product_of[t], state_of[t - 1], out=state_of[t])
+        torch.mul(product_of[t], product_of[t - 1], out=product_of[t])
+    entering = []
+    for last, product in zip(state_of[-1].unbind(1), product_of[-1].unbind(1), strict=True):
+        entering.append(state)
+        state = torch.addcmul(last, product, state)
+    states.addcmul_(products, torch.stack(entering, 1).unsqueeze(2))
+    return states.view(batch, chunks * length, channels)[:, :tokens].contiguous()
+
+
+@torch.library.custom_op("zoo::diagonal_scan", mutates_args=())
+def _diagonal(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    return _scan_chunks(x, decay, state) if x.numel() else torch.empty_like(x)
+
+
+@_diagonal.register_fake
+def _(x: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    del decay, state
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("zoo::diagonal_scan_backward", mutates_args=())
+def _diagonal_backward(grad: Tensor, decay: Tensor, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `x, decay, state`: the same scan from the end, with the decays of the tokens behind."""
+    if not grad.numel():
+        return torch.empty_like(out), torch.empty_like(out), torch.zeros_like(state)
+    behind = F.pad(decay[:, 1:], (0, 0, 0, 1)).flip(1)
+    grad_x = _scan_chunks(grad.flip(1), behind.conj().resolve_conj(), torch.zeros_like(state)).flip(1)
+    previous = torch.cat([state.unsqueeze(1), out[:, :-1]], 1)
+    return grad_x, grad_x * previous.conj(), grad_x[:, 0] * decay[:, 0].conj()
+
+
+@_diagonal_backward.register_fake
+def _(grad: Tensor, decay: Tensor, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    del grad, decay
+    return out.new_empty(out.shape), out.new_empty(out.shape), state.new_empty(state.shape)
+
+
+def _keep_diagonal(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:], output)
+
+
+def _diagonal_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return _diagonal_backward(grad, *ctx.saved_tensors)
+
+
+_diagonal.register_autograd(_diagonal_gradients, setup_context=_keep_diagonal)

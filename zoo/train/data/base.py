@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from zoo.train.data.random import random_bits
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, Split, Split] = ("train", "valid", "test")
+EVALUATION_TOKENS = 8192
+EVALUATION_LOGITS = 2**26
 IGNORE = -100
 """Label of a position at which nothing is asked."""
 
@@ -79,6 +82,17 @@ class Data(ABC):
         """The `number`-th batch of the training stream, so that a run can go on anywhere without replaying."""
         return self.samples("train", np.arange(number * self.batch, (number + 1) * self.batch))
 
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples of one forward pass of an evaluation.
+
+        Those of training, or as many more as make `EVALUATION_TOKENS` tokens or pixels: nothing is kept for a backward
+        pass, and tiny batches would cost more than the training. Logits stay below `EVALUATION_LOGITS`.
+        """
+        size = math.prod(self._description.input_shape)
+        logits = size * (self._description.vocab or 1)
+        return max(self.batch, min(math.ceil(EVALUATION_TOKENS / size), EVALUATION_LOGITS // logits))
+
     def evaluation_batches(self, split: Split, limit: int | None = None) -> Iterator[Batch]:
         """All samples of a part in order, or `limit` of them at even distances; the last batch may be smaller."""
         size = self._description.sizes[split]
@@ -86,8 +100,8 @@ class Data(ABC):
             raise ValueError(f"{split!r} samples of {self._description.name} never end")
         count = size if limit is None else min(size, limit)
         numbers = np.arange(count) * size // count
-        for start in range(0, count, self.batch):
-            yield self.samples(split, numbers[start : start + self.batch])
+        for start in range(0, count, self.evaluation_batch):
+            yield self.samples(split, numbers[start : start + self.evaluation_batch])
 
 
 class Shuffle:

@@ -12,13 +12,14 @@ import os
 import stat
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.errors import ZooError, did_you_mean
+from zoo.errors import ZooError, nearest_file
 from zoo.train.data.base import SPLITS, Batch, Data, Description, Shuffle, Split, split_of
 from zoo.train.data.random import random_below
 
@@ -207,9 +208,9 @@ def _read(path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except FileNotFoundError:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) if len(siblings) <= 1000 else ""
-        raise ZooError(f"no file or folder {path}{hint if hint.startswith('; did') else ''}") from None
+        siblings = [entry.name for entry in islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []
+        close = nearest_file(path.name, ["stdlib", *siblings] if path.parent == Path() else siblings)
+        raise ZooError(f"no file or folder {path}{f'; did you mean {close!r}?' if close else ''}") from None
     except OSError as error:
         raise ZooError(f"cannot read {path}: {error.strerror or error}") from None
 
