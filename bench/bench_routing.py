@@ -4,7 +4,8 @@
 
 One thread, in turn, by the processor time of that thread; figures are medians. A `matformer` of a fraction of the
 hidden width against the whole one; tokens of mixed widths in one product against each width by itself; `moe` and `mohd`
-against a `glu` with as many parameters as they have active.
+against a `glu` with the matrices that they have active: as many hidden channels as a token's experts have, and as many
+channels of the stream as a token has active.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from zoo.blocks.matformer import MatFormer
 from zoo.blocks.mlp import GLU
 from zoo.blocks.moe import MixtureOfExperts
 from zoo.blocks.mohd import MixtureOfHiddenDimensions
-from zoo.builder import declared
 from zoo.component import Component
 
 TOKENS, WIDTH, HIDDEN = 2048, 512, 2048
@@ -62,8 +62,8 @@ def row(what: str, backward: bool, ms: float, against: str, other: float, most: 
     }
 
 
-def block(component: Component) -> Built:
-    return built(component, place(width=WIDTH, tokens=TOKENS), dtype=torch.float32)
+def block(component: Component, width: int = WIDTH) -> Built:
+    return built(component, place(width=width, tokens=TOKENS), dtype=torch.float32)
 
 
 def nested(x: Tensor, backward: bool) -> list[dict[str, Any]]:
@@ -99,13 +99,14 @@ def mixed(x: Tensor, backward: bool) -> list[dict[str, Any]]:
 
 
 def routed(x: Tensor, backward: bool) -> list[dict[str, Any]]:
+    experts, dimensions = MixtureOfExperts(hidden=HIDDEN // 2), MixtureOfHiddenDimensions(hidden=HIDDEN)
+    active = WIDTH * (dimensions.shared + dimensions.top_k) // dimensions.subdims
     rows = []
-    for component in (MixtureOfExperts(hidden=HIDDEN // 2), MixtureOfHiddenDimensions(hidden=HIDDEN)):
-        ours = block(component)
-        active = sum(each.active * each.count for _, each in declared(ours.component, ours.scope))
-        dense = block(GLU(hidden=round(active / (3 * WIDTH))))
-        found = medians({"ours": partial(ours, x), "dense": partial(dense, x)}, backward)
-        against = f"glu of {dense.component.hidden}"
+    for component, hidden, width in ((experts, experts.top_k * HIDDEN // 2, WIDTH), (dimensions, HIDDEN, active)):
+        ours, dense = block(component), block(GLU(hidden=hidden), width)
+        part = x[..., :width].detach().clone().requires_grad_()
+        found = medians({"ours": partial(ours, x), "dense": partial(dense, part)}, backward)
+        against = f"glu of {hidden} on {width}"
         rows.append(row(component.type, backward, found["ours"], against, found["dense"], ROUTED))
     return rows
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from zoo.errors import MAX_SHOWN, Mark, Problem, SpecError, ZooError, did_you_mean, nearest
+from zoo.errors import (
+    MAX_SHOWN,
+    Mark,
+    OutOfMemoryError,
+    Problem,
+    SpecError,
+    ZooError,
+    did_you_mean,
+    memory_explained,
+    nearest,
+    nearest_file,
+)
 
 
 def test_a_problem_shows_place_line_and_caret() -> None:
@@ -67,3 +78,39 @@ def test_suggestions() -> None:
     assert did_you_mean("haeds", known) == "; did you mean 'heads'?"
     assert did_you_mean("zzz", known) == "; known: Window, head_dim, heads"
     assert did_you_mean("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "best"),
+    [
+        ("nofile.yaml", ["14role.yaml", "other.yaml"], None),
+        ("hybird.yaml", ["hybrid.yaml", "space.yaml"], "hybrid.yaml"),
+        ("hybird.yaml", ["hybrid.yml", "hybird2.txt"], "hybird2.txt"),
+        ("stdlb", ["st.db", "stdlib"], "stdlib"),
+        ("stdlb", ["st.db"], None),
+    ],
+)
+def test_files_are_near_only_if_they_are(name: str, known: list[str], best: str | None) -> None:
+    assert nearest_file(name, known) == best
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes."), 1),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"), 1),
+        (RuntimeError("CUDA error: out of memory"), 0),
+        (MemoryError(), 0),
+    ],
+)
+def test_running_out_of_memory_is_explained(error: Exception, size: int) -> None:
+    with pytest.raises(OutOfMemoryError) as told, memory_explained("training on cpu", "Take --batch 1"):
+        raise error
+    assert str(told.value).startswith("out of memory while training on cpu")
+    assert str(told.value).endswith(". Take --batch 1")
+    assert (" were asked for at once" in str(told.value)) == size
+
+
+def test_other_errors_are_none_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory_explained("training", "x"):
+        raise RuntimeError("shapes do not match")

@@ -43,8 +43,8 @@ def memory_explained(what: str, advice: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        cuda = type(error).__name__ == "OutOfMemoryError"
-        if not (isinstance(error, MemoryError) or cuda or "DefaultCPUAllocator" in text or "not enough memory" in text):
+        signs = ("out of memory", "not enough memory", "DefaultCPUAllocator")
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
             raise
         asked = re.search(r"[Tt]ried to allocate ([0-9.]+ ?[A-Za-z]+)", text)
         size = f": {asked[1]} were asked for at once" if asked else ""

@@ -16,7 +16,7 @@ from sequences import model, packed_and_apart, streamed, words
 from tolerance import assert_close
 from torch import Tensor, nn
 
-from zoo.blocks.attention import Attention
+from zoo.blocks.attention import Attention, usual_heads
 from zoo.blocks.norms import RMSNorm
 from zoo.blocks.positions import ALiBi, LearnedPosition, NoPosition, Rotary
 from zoo.builder import empty_state
@@ -385,3 +385,10 @@ def test_complains(settings: dict[str, Any], scope: dict[str, Any], message: str
 def test_odd_heads_are_fine_without_rotation() -> None:
     assert not complaints(Attention(heads=2, head_dim=5, position=ALiBi()))
     assert not complaints(Attention(heads=2, head_dim=5), place(position=LearnedPosition()))
+
+
+def test_the_usual_heads_are_the_most_of_64_channels_that_divide_the_width() -> None:
+    for width in (1, 63, 64, 96, 100, 127, 128, 768, 1000, 4096):
+        every = [heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0]
+        assert usual_heads(width, None) == max(every)
+    assert usual_heads(15_999_992, None) * 64 <= 15_999_992

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_show_lists_the_decisions_of_a_space(zoo: Runner, folder: Path) -> None:
     assert [decision["values"] for decision in facts["decisions"]] == [["mamba2", "attention"]]
 
 
+def test_show_gives_ranges_by_their_ends(zoo: Runner, folder: Path) -> None:
+    holes = "{heads: {int: [2, 8], step: 2}, window: {choice: [null, 64]}}"
+    text = SPACE.replace("width: 64", "width: {int: [64, 1024], log: true}")
+    text = text.replace("mamba2, attention", f"mamba2, {{type: attention, {holes[1:]}")
+    (folder / "ranges.yaml").write_text(text)
+    ran = zoo("show", folder / "ranges.yaml")
+    assert ran.code == 0, ran
+    assert "64..1024, logarithmic" in ran.out and "2..8, step 2" in ran.out and "null, 64" in ran.out
+    facts = {fact.pop("name"): fact for fact in zoo("show", folder / "ranges.yaml", "--json").json["decisions"]}
+    assert facts["width"] == {"kind": "int", "low": 64, "high": 1024, "step": 1, "log": True}
+    assert facts["body.layers[0].mixer.attention.window"]["values"] == [None, 64]
+
+
+def test_a_huge_range_is_shown_and_checked_at_once(zoo: Runner, folder: Path) -> None:
+    (folder / "huge.yaml").write_text(SPACE.replace("width: 64", "width: {int: [64, 16000000], step: 64}"))
+    assert "64..16000000, step 64" in zoo("show", folder / "huge.yaml").out
+    assert zoo("validate", folder / "huge.yaml").code == 0
+    (folder / "huge.yaml").write_text(SPACE.replace("width: 64", "width: {int: [64, 1000000000000]}"))
+    ran = zoo("validate", folder / "huge.yaml")
+    assert ran.code == 1 and "less than or equal to 16777216; got 1000000000000" in ran.out
+
+
 def test_validate_tells_right_from_wrong(zoo: Runner, folder: Path) -> None:
     assert zoo("validate").code == 0
     ran = zoo("validate", folder)
@@ -127,6 +150,8 @@ def test_validate_checks_published_figures(zoo: Runner, folder: Path) -> None:
 def test_validate_of_what_is_not_there(zoo: Runner, folder: Path) -> None:
     ran = zoo("validate", "gtp2")
     assert ran.code in (1, 2) and "did you mean 'gpt2'?" in ran.out + ran.err
+    (missing,) = zoo("validate", folder / "nope.yaml", "--json").json
+    assert missing["kind"] == "unknown"
     (folder / "empty").mkdir()
     ran = zoo("validate", folder / "empty")
     assert ran.code == 2 and "no specs in" in ran.err
@@ -205,6 +230,13 @@ def test_recorded_timings_are_printed_or_missed(zoo: Runner) -> None:
         (("show", "nowhere.yaml"), "no such file"),
         (("valdate",), "validate"),
         (("cost",), "Missing argument"),
+        (("build", "gpt2", "--save", "/nope/x.safetensors"), "there is no folder /nope; make it first"),
+        (
+            ("search", "spaces/hybrid-24", "--timeout", "10"),
+            "--timeout: '10' has no unit, expected a time such as 10min",
+        ),
+        (("search", "spaces/hybrid-24", "--budget", "params<=60% of gtp2"), "--budget:1:16: no spec is called 'gtp2'"),
+        (("train", "gpt2", "--data", "bytes:stdlb"), "did you mean 'stdlib'?"),
     ],
 )
 def test_mistakes_end_with_a_message_and_code_2(zoo: Runner, arguments: tuple[str, ...], message: str) -> None:
@@ -236,3 +268,13 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     )
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "0"
+
+
+def test_an_ignored_interrupt_is_heard_again(zoo: Runner) -> None:
+    """Shells that run scripts start what ends in `&` with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert zoo("list", "glu").code == 0
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,11 +46,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def command(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     program = [sys.executable, "-c", "from zoo.cli import main; main()", *arguments]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "120"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(program, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(program, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def run(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
@@ -102,7 +103,30 @@ def test_training_goes_on_where_it_stopped(folder: Path) -> None:
     again = json.loads(run(folder, *train, "--steps", "6", "--json")[0])
     assert again["bits_per_byte"] == first["bits_per_byte"]
     _, error = run(folder, *train, "--steps", "6", "--learning-rate", "0.5", code=2)
-    assert "learning_rate" in error
+    assert "learning_rate" in error and "--fresh" in error and "resume=" not in error
+
+
+@pytest.mark.parametrize("kind", ["train", "search"])
+def test_what_a_script_runs_in_the_background_can_be_interrupted(folder: Path, kind: str) -> None:
+    long = ["train", "spec.yaml", "--data", "bytes:text.txt", "--batch", "2", "--threads", "1", "--steps", "1000000"]
+    search = [*SEARCH, "--trials", "50", "--steps", "1000000"]
+    arguments = [*(long if kind == "train" else search), "--out", "run", "--evaluate-every", "5"]
+    # As a shell starts a command that ends in `&`.
+    process = command(folder, *arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None and not [*folder.glob("run/**/metrics.csv")]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130, (out, error)
+    assert "interrupted" in out + error and "Traceback" not in error
+
+
+def test_a_model_that_no_memory_holds_is_told(folder: Path) -> None:
+    text = SPEC.replace("vocab: 256", "vocab: 16777216").replace("width: 16", "width: 4194304")
+    (folder / "giant.yaml").write_text(text)
+    _, error = run(folder, "build", "giant.yaml", code=2)
+    assert "out of memory while building the model on cpu" in error and "--dtype bfloat16" in error
 
 
 def test_a_search_leaves_specs_that_build_and_train(folder: Path) -> None:

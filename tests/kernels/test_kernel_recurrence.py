@@ -188,6 +188,21 @@ def test_decay_of_each_channel_as_exact_as_reference(dtype: torch.dtype) -> None
     assert_as_exact_as_reference("recurrence", dtype, function, *tensors)
 
 
+@pytest.mark.parametrize("step", [-0.9, -1.8, -3.0])
+@pytest.mark.parametrize("channels", [False, True])
+def test_factors_of_tokens_stay_in_range(step: float, channels: bool) -> None:
+    """On either side of the bounds between the ways in which a chunk is computed, forward and backward."""
+    q, k, v, _, state = inputs(tokens=130)
+    log_decay = torch.full((2, 130, 2, 3) if channels else (2, 130, 4), step, dtype=torch.float64)
+    tensors = q, k, v, log_decay, state
+    with kernels.use(recurrence="reference"):
+        exact = outputs_and_gradients(run, tensors)
+    found = outputs_and_gradients(run, [x.float() for x in tensors])
+    for kind, truth in zip(found, exact, strict=True):
+        for one, other in zip(kind, truth, strict=True):
+            assert_close(one, other)
+
+
 def test_agrees_with_transformers_mamba2() -> None:
     q, k, v, _, state = inputs(tokens=21, groups=2, heads=4)
     dt, A = torch.rand(2, 21, 4, dtype=torch.float64), -torch.rand(4, dtype=torch.float64)
@@ -257,3 +272,16 @@ def test_bad_input() -> None:
         kernels.recurrence(q, k, v, segments=log_decay[..., 0])
     with pytest.raises(ZooError, match="chunk is 0"):
         kernels.recurrence(q, k, v, chunk=0)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("strength", [0.5, 1.9, 4.0])
+def test_gradients_stay_exact_where_a_chunk_forgets_almost_everything(strength: float, per_channel: bool) -> None:
+    q, k, v = (torch.randn(1, 130, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    shape = (1, 130, 2, 8) if per_channel else (1, 130, 2)
+    log_decay = -strength * torch.rand(shape, generator=torch.Generator().manual_seed(3))
+
+    def run(*given: torch.Tensor) -> torch.Tensor:
+        return kernels.recurrence(*given[:3], log_decay=given[3])[0]
+
+    assert_agrees("recurrence", run, q, k, v, log_decay)

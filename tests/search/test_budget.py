@@ -240,3 +240,16 @@ def test_any_text_is_a_budget_or_an_error(text: str) -> None:
 def test_needs_neither_torch_nor_optuna() -> None:
     code = "import sys, zoo.search.budget; sys.exit(any(m in sys.modules for m in ('torch', 'optuna')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_spec_is_told_at_its_place() -> None:
+    def lookup(name: str, term: Term) -> float:
+        raise ZooError(f"no spec is called {name!r}")
+
+    with pytest.raises(BudgetError) as error:
+        Budget.parse("flops<=2G params<=60% of gtp2").resolve(lookup)
+    assert str(error.value).splitlines() == [
+        "--budget:1:26: no spec is called 'gtp2'",
+        "    flops<=2G params<=60% of gtp2",
+        "                             ^",
+    ]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from zoo.errors import ZooError
-from zoo.search.ledger import JOURNAL, Codec, JournalFile, Ledger, remove
+from zoo.search.ledger import JOURNAL, STORAGE_NOTE, Codec, JournalFile, Ledger, _note_storage, remove
 from zoo.search.objective import parse_objectives
 from zoo.search.program import Decision
 from zoo.search.trial import Trial
@@ -182,6 +183,7 @@ def test_a_claim_keeps_others_away_until_it_is_given_up_or_its_holder_is_dead(tm
     try:
         assert first.claim("a")
         assert second.claimed() == {"a": first.worker}
+        assert second.others() == (f"process {child} on {host}",) and first.others() == ()
         assert not second.claim("a")
         assert second.claim("b")
         with pytest.raises(ZooError, match=f"process {child} on"):
@@ -189,7 +191,7 @@ def test_a_claim_keeps_others_away_until_it_is_given_up_or_its_holder_is_dead(tm
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
-    assert second.claimed() == {}
+    assert second.claimed() == {} and second.others() == ()
     assert second.claim("a")
     second.release()
     second.worker = f"elsewhere:{os.getpid()}:0"
@@ -215,3 +217,17 @@ def test_a_journal_reads_on_from_anywhere(tmp_path: Path) -> None:
     JournalFile(path).append_logs([{"op_code": 5}])
     assert [log["op_code"] for log in journal.read_logs(5)] == [5]
     assert [log["op_code"] for log in journal.read_logs(0)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_folder_remembers_the_storage_without_its_password(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    Ledger.open(tmp_path / "run", storage=url, objectives=LOSS, identity={"seed": 1})
+    with pytest.raises(ZooError, match=rf"is kept in {re.escape(url)}; give it with --storage"):
+        Ledger.open(tmp_path / "run")
+    (tmp_path / "run" / STORAGE_NOTE).unlink()
+    with pytest.raises(ZooError, match="given a storage is found with --storage URL"):
+        Ledger.open(tmp_path / "run")
+    _note_storage(tmp_path / "run", "postgresql://me:secret@host/x")
+    assert "secret" not in (tmp_path / "run" / STORAGE_NOTE).read_text()
+    open_ledger(tmp_path / "run")
+    assert not (tmp_path / "run" / STORAGE_NOTE).exists()

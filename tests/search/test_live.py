@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import pytest
 from fakes import FakeEvaluator, search
 from rich.console import Console
 
+from zoo.search.budget import Budget
 from zoo.search.live import LiveProgress
+from zoo.search.objective import parse_objectives
+from zoo.search.study import Start
 from zoo.train.progress import Progress
 
 STEP = Progress(
@@ -65,3 +69,23 @@ def test_going_on_is_said(tmp_path: Path) -> None:
     with LiveProgress(Console(file=output, width=200)) as live:
         search(tmp_path / "run", listener=live, trials=6)
     assert "going on after 4 trials" in output.getvalue()
+
+
+def test_a_search_that_joins_another_says_so(tmp_path: Path) -> None:
+    output = io.StringIO()
+    live = LiveProgress(Console(file=output, width=200))
+    live.started(Start("tiny", Budget(), parse_objectives("loss"), 5, (), tmp_path, ("process 12 on here",)))
+    assert (
+        "joining the search that process 12 on here runs in this folder; "
+        "results depend on the order in which candidates finish" in output.getvalue()
+    )
+
+
+def test_the_first_of_several_to_end_says_that_others_still_train(tmp_path: Path) -> None:
+    results = search(tmp_path / "run", trials=2)
+    assert results.others == () and results.message.startswith("finished: 2 architectures")
+    joined = replace(results, others=("process 12 on here", "process 13 on there"))
+    assert joined.message.startswith(
+        "nothing left to do here: 2 architectures evaluated so far, but process 12 on here"
+    )
+    assert "and process 13 on there still train;" in joined.message

@@ -353,3 +353,14 @@ def test_the_hash_is_the_same_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert seen == {load("mamba2-hybrid").hash}
+
+
+def test_files_that_extend_each_other_are_named_from_the_current_folder(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(project, "one.yaml", "extends: two.yaml\n")
+    write(project, "two.yaml", "extends: one.yaml\n")
+    monkeypatch.chdir(project)
+    with pytest.raises(SpecError) as error:
+        load("one.yaml")
+    assert str(error.value).startswith("two.yaml:1:10: extends: extends itself: one.yaml -> two.yaml -> one.yaml")

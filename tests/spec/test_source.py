@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.errors import SpecError, ZooError
+from zoo.errors import Problem, SpecError, ZooError
 from zoo.spec.document import load, parse
 from zoo.spec.source import MAX_BYTES, parse_yaml, read_text, scalar
 
@@ -173,3 +173,31 @@ def test_what_cannot_be_read_does_not_hide_other_mistakes() -> None:
         )
     lines = [(p.mark.line, p.mark.column) for p in error.value.problems if p.mark is not None]
     assert lines == [(1, 8), (2, 25), (3, 31), (4, 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "whole"),
+    [
+        ("a: {b: $(multiple(8/3 * d, 64)), c: 1}", 8, '"$(multiple(8/3 * d, 64))"'),
+        ("a: [1, $(max(d, min(e, 3))), 2]", 8, '"$(max(d, min(e, 3)))"'),
+        ("a: {b: $(max(d,\n  64))}", 8, '"$(max(d, 64))"'),
+        ('a: {b: $(f("x", 1))}', 8, "'$(f(\"x\", 1))'"),
+    ],
+)
+def test_an_expression_that_a_comma_cuts_is_told_to_be_quoted(text: str, column: int, whole: str) -> None:
+    problems: list[Problem] = []
+    tree = parse_yaml(text, problems=problems)
+    (found,) = problems
+    assert found.mark is not None and (found.mark.line, found.mark.column) == (1, column)
+    assert found.message.endswith(f"put the whole expression in quotes: {whole}")
+    inside = tree.entries["a"]
+    assert list(inside.entries) in ([], ["b"], ["b", "c"]) and len(inside.items) in (0, 3)
+
+
+def test_an_expression_that_is_never_closed_is_none_that_a_comma_cuts() -> None:
+    assert parse_yaml("a: {b: $(8 * (d, c: 1)}").plain() == {"a": {"b": "$(8 * (d", "c": "1)"}}
+
+
+def test_a_long_number_is_told_by_its_length() -> None:
+    assert "below 1.8e308; got 9999" in (message := problem(f"a: {'9' * 5000}")[2])
+    assert "a number of 5,000 digits" in message

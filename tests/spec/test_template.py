@@ -295,3 +295,40 @@ def test_names_of_variables_are_words() -> None:
     found = problems(f"vars: {{a-b: 3, 1: 2}}\nwidth: 64\nbody: {{layers: [{{mixer: mamba}}]}}\n{REST}")
     assert [(line, column) for line, column, _ in found] == [(1, 8), (1, 16)]
     assert "expected a mapping" in only(f"vars: 3\nwidth: 64\nbody: {{layers: [{{mixer: mamba}}]}}\n{REST}")[2]
+
+
+@pytest.mark.parametrize(
+    ("top", "repeat", "message"),
+    [
+        ("", "{int: [1, 1000000000]}", "at most 4096 repetitions; got 1000000000"),
+        ("", "{choice: [1, 1000000000]}", "at most 4096 repetitions; got 1000000000"),
+        ("", "{choice: [1, {int: [1, 1000000000]}]}", "at most 4096 repetitions; got 1000000000"),
+        ("vars: {n: {int: [1, 1000000000]}}\n", "$n", "at most 4096 repetitions; got 1000000000"),
+        ("vars: {n: {int: [1, 1000000000]}}\n", "$(n // 1000000)", "a range of 1,000,000,000 values is too large"),
+        ("", "{int: [1, 1000000000000000000]}", "the ends of a range are at most 9007199254740992 (2**53)"),
+        ("", "{chioce: [1, 2]}", "unknown key 'chioce' of a hole; did you mean 'choice'?"),
+    ],
+)
+def test_a_range_is_checked_before_its_values_are_listed(top: str, repeat: str, message: str) -> None:
+    found = problems(f"{top}width: 64\nbody: {{layers: {{repeat: {repeat}, of: {{mixer: mamba}}}}}}\n{REST}")
+    (told,) = [text for _, _, text in found if "a hole, but" not in text]
+    assert message in told
+
+
+@pytest.mark.parametrize(
+    ("hole", "message"),
+    [
+        ("{choice: 5}", "expected a list of values"),
+        ("{int: [1]}", "expected `int: [low, high]`"),
+        ("{float: [2, 1]}", "is empty"),
+        ("{chioce: [1, 2]}", "did you mean 'choice'?"),
+        ("{itn: [1, 2], step: 2}", "did you mean 'int'?"),
+    ],
+)
+def test_a_bad_hole_is_one_problem(hole: str, message: str) -> None:
+    assert message in only(f"width: {hole}\nbody: {{layers: [{{mixer: mamba}}]}}\n{REST}")[2]
+
+
+def test_a_circle_that_nothing_uses_is_named_too() -> None:
+    text = f"vars: {{a: $b, b: $(c + 1), c: $a, d: $a}}\nwidth: 64\nbody: {{layers: [{{mixer: mamba}}]}}\n{REST}"
+    assert only(text) == (1, 32, "'a' is defined by itself: a -> b -> c -> a")

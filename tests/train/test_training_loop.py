@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from train.tiny_models import Output, TinyClassifier, TinyLanguageModel
 
-from zoo.errors import ZooError
+from zoo.errors import OutOfMemoryError, ZooError
 from zoo.train.checkpoint import load_checkpoint, load_weights
 from zoo.train.data import Data, load_data
 from zoo.train.loop import TrainResult, evaluate, fit
@@ -522,3 +522,35 @@ def test_precision_and_devices_that_are_not_there(tmp_path: Path) -> None:
     result = fit(half, settings(precision="bf16"), tmp_path / "bf16")
     assert result.stopped == "finished"
     assert half.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_running_out_of_memory_names_what_needs_less(tmp_path: Path, error: Exception) -> None:
+    class Greedy(TinyLanguageModel):
+        def forward(self, *_: Any, **__: Any) -> Output:
+            raise error
+
+    expected = r"out of memory while training on cpu\. .*--batch.*--accumulate.*--context.*--checkpointing"
+    with pytest.raises(OutOfMemoryError, match=expected):
+        fit(Greedy(vocab=8, width=8), settings(), tmp_path)
+
+
+def test_the_time_left_counts_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that training moves by a second for each step and evaluations by ten."""
+    now = 0.0
+
+    class Slow(TinyLanguageModel):
+        def forward(self, *arguments: Any, **options: Any) -> Output:
+            nonlocal now
+            now += 1.0 if self.training else 10.0
+            return super().forward(*arguments, **options)
+
+    monkeypatch.setattr("zoo.train.loop.time.monotonic", lambda: now)
+    told: list[Progress] = []
+    chosen = settings(steps=20, evaluate_every=5, log_every=1, evaluate_samples=8)
+    fit(Slow(vocab=8, width=8), chosen, tmp_path, progress=told.append)
+    left = {(progress.step, progress.evaluated): progress.seconds_left for progress in told}
+    assert left[5, True] == pytest.approx(15 + 3 * 10)
+    assert left[7, False] == pytest.approx(13 + 3 * 10)
+    assert left[20, True] == 0
+    assert left[2, False] == pytest.approx(18 + 4 / 3)

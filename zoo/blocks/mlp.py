@@ -30,8 +30,8 @@ class FeedForward(Component):
     hidden: Size | None = None
     """Hidden channels; by default what `ratio` gives."""
     ratio: Ratio | None = None
-    """Hidden channels for each channel of the stream, in place of `hidden`: 4 by default, or if gated 8/3 with the
-    product rounded up to a multiple of 8."""
+    """Hidden channels for each channel of the stream, in place of `hidden`; by default 4, if gated 8/3. If gated, the
+    product is rounded up to a multiple of 8, whether the ratio is given or not."""
 
     def is_gated(self) -> bool:
         """Whether a second projection gates the hidden channels."""

@@ -127,8 +127,9 @@ def _in_chunks(
     outputs = []
     for begin_within, q_, k_, v_, decay, run_, begins_ in zip(within, *pieces, strict=True):
         clamped = None if decay is None else _clamped(decay)
-        if not begin_within and (clamped is None or clamped.detach().sum(1).amin().item() >= -2 * MILD):
-            out, state = _mild_chunk(q_, k_, v_, clamped, state, scale, earlier)
+        lowest = 0.0 if clamped is None else clamped.detach().sum(1).amin().item()
+        if not begin_within and lowest >= -2 * MILD:
+            out, state = _mild_chunk(q_, k_, v_, clamped, state, scale, earlier, centred=lowest < -MILD)
         else:
             out, state = together(q_, k_, v_, decay, state, run_, begins_, before)
             out = out.view(batch, chunk, groups, -1, value_dim)
@@ -138,11 +139,20 @@ def _in_chunks(
 
 
 def _mild_chunk(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, earlier: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    scale: float,
+    earlier: Tensor,
+    *,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """`out_i = f_i (sum_(j <= i) (q_i k_j) v_j / f_j + q_i S exp(middle))` with `f = exp(total - middle)`.
 
-    With a decay for each channel the factors are the queries' and the keys'. `earlier` is a lower triangle of ones.
+    With a decay for each channel the factors are the queries' and the keys'. `earlier` is a lower triangle of ones;
+    `middle` is zero unless `centred`, which halves the range of the factors.
     """
     batch, chunk, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
@@ -152,16 +162,17 @@ def _mild_chunk(
         by_channel = log_decay.dim() == 4
         # Sums over tokens are slow where channels are many.
         total = (earlier @ log_decay.flatten(2)).view(log_decay.shape) if by_channel else log_decay.cumsum(1)
-        last = total[:, -1:]
-        middle = (total[:, :1] + last) / 2
-        factor = (total - middle).exp()
         shape = (-1, groups, key_dim, 1, 1) if by_channel else (-1, groups, 1, per_group, 1)
-        entering, leaving = middle.exp().view(shape), (last - middle).exp().view(shape)
+        if centred:
+            middle = (total[:, :1] + total[:, -1:]) / 2
+            total, entering = total - middle, middle.exp().view(shape)
+        factor = total.exp()
+        leaving = factor[:, -1].view(shape)
         if by_channel:
-            q, k = q * factor, k / factor
+            # The gradient of a division by small factors would leave the range.
+            q, k = q * factor, k * (-total).exp()
         else:
-            factor = factor.unsqueeze(-1)
-            v = v / factor
+            v = v * (-total).exp().unsqueeze(-1)
 
     def flat(x: Tensor, width: int) -> Tensor:
         return x.reshape(batch, chunk, groups, width).transpose(1, 2).reshape(batch * groups, chunk, width)
@@ -175,12 +186,13 @@ def _mild_chunk(
     q, k, v = flat(q, key_dim), flat(k, key_dim), flat(v, width)
     scores = torch.bmm(q, k.transpose(1, 2)).tril_()
     out = torch.baddbmm(torch.bmm(q, memory), scores, v, beta=scale, alpha=scale)
+    if factor is not None and factor.dim() == 3:
+        by_group = factor.view(-1, chunk, groups, per_group).transpose(1, 2).unsqueeze(-1)
+        out = out.view(batch, groups, chunk, per_group, value_dim) * by_group
     out = out.view(batch, groups, chunk, per_group, value_dim).transpose(1, 2)
     memory = torch.baddbmm(memory, k.transpose(1, 2), v).view(inner)
     if leaving is not None:
         memory = memory * leaving
-    if factor is not None and log_decay is not None and log_decay.dim() == 3:
-        out = out * factor.view(-1, chunk, groups, per_group, 1)
     return out, memory.transpose(2, 3).reshape(state.shape)
 
 

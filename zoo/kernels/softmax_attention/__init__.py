@@ -38,7 +38,7 @@ def _kernel_serves(call: Call) -> str | None:
     return None
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, extras: Extras, rules: Rules) -> tuple[Tensor, Tensor]:
+def _kernel(q: Tensor, k: Tensor, v: Tensor, extras: Extras, rules: Rules) -> tuple[Tensor, Tensor | None]:
     from zoo.kernels.softmax_attention import triton_path
 
     return triton_path.attention(q, k, v, extras, rules)

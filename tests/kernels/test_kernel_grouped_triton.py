@@ -1,0 +1,110 @@
+"""The operators on kernels, interpreted: as torch knows them, and where no row or column fills a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from agreement import assert_agrees
+from torch import Tensor
+
+from zoo import kernels
+from zoo.kernels.launch import without_gpu
+
+interpreter = pytest.importorskip("interpreter", reason="Triton is not installed on this system", exc_type=ImportError)
+
+OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> Iterator[None]:
+    with without_gpu("sm_90"):
+        yield
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def on_kernels(x: Tensor, weight: Tensor, offsets: Tensor, **parts: Tensor) -> Tensor:
+    with kernels.use(grouped_matmul=kernels.dispatch.chosen("grouped_matmul") or "triton"):
+        return kernels.grouped_matmul(x, weight, offsets, **parts)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_operators_are_well_formed(shared: bool) -> None:
+    from zoo.kernels.grouped import triton_path
+
+    x, offsets, widths = draw(5, 4), torch.tensor([0, 2, 2, 5]), torch.tensor([1, 3, 2])
+    weight = (draw(4, 3) if shared else draw(3, 4, 3)).mT
+    source = torch.tensor([4, 0, 0, 1, 2]) if shared else None
+    given = x.requires_grad_(), weight.requires_grad_(), offsets, widths, None, source
+    torch.library.opcheck(triton_path.grouped_matmul, given, test_utils=OPCHECKS)
+    outer = draw(5, 3), x.detach(), weight.detach(), offsets, widths, None, source
+    torch.library.opcheck(torch.ops.zoo.grouped_outer_triton, outer, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "output_width", "input_width"),
+    [([1], 1, 1), ([0, 0], 3, 2), ([0], 0, 2), ([2, 1], 3, 0), ([0, 0, 1, 0, 0], 2, 33), ([1] * 20, 1, 2)],
+)
+def test_hardly_anything(sizes: list[int], output_width: int, input_width: int) -> None:
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    x, weight = draw(sum(sizes), input_width), draw(len(sizes), output_width, input_width)
+    assert_agrees("grouped_matmul", on_kernels, x, weight, offsets)
+
+
+def test_any_strides() -> None:
+    """Transposed rows, rows that are all one, a slice of every other channel of a weight, offsets in 32 bits."""
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    assert_agrees("grouped_matmul", on_kernels, draw(4, 5).T, draw(2, 3, 8)[..., ::2], offsets)
+    assert_agrees("grouped_matmul", on_kernels, draw(1, 4).expand(5, 4), draw(2, 4, 3).mT, offsets)
+
+
+def test_everything_at_once() -> None:
+    offsets, source = torch.tensor([0, 3, 3, 9]), torch.tensor([1, 0, 3, 3, 2, 0, 1, 1, 2])
+    widths, depths = torch.tensor([4, 2, 5]), torch.tensor([33, 1, 20])
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return on_kernels(x, weight, offsets, source=source, output_widths=widths, input_widths=depths)
+
+    assert_agrees("grouped_matmul", product, draw(4, 40), draw(3, 6, 40))
+
+
+def test_wrong_integers_stay_inside_the_tensors() -> None:
+    """What lies on a GPU is not checked by the host: groups that make sense are right all the same."""
+    x, weight, source = draw(6, 4), draw(3, 2, 4), torch.tensor([0, 1, 2, 3, -(10**12), 10**12])
+    with kernels.use(grouped_matmul="triton"):
+        found = kernels.grouped_matmul(
+            x,
+            weight,
+            torch.tensor([0, 2, 2, 10**12]),
+            source=source,
+            output_widths=torch.tensor([-(10**12), 0, 10**12]),
+        )
+    expected = torch.cat([torch.zeros(2, 2), x[[2, 3, 0, 5]] @ weight[2].T])
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_same_bits_every_time() -> None:
+    given = draw(40, 20).requires_grad_(), draw(3, 9, 20).requires_grad_()
+    offsets, source = torch.tensor([0, 30, 31, 80]), torch.arange(80) * 7 % 40
+
+    def run(seed: int) -> tuple[Tensor, ...]:
+        with interpreter.trials(seed) as slab, kernels.use(grouped_matmul="triton"):
+            x, weight = (slab(each.detach()).requires_grad_() for each in given)
+            out = kernels.grouped_matmul(x, weight, slab(offsets), source=slab(source))
+            return out, *torch.autograd.grad(out.square().sum(), (x, weight))
+
+    assert all(torch.equal(one, other) for one, other in zip(run(0), run(1), strict=True))
+
+
+def test_compiles_into_one_graph() -> None:
+    from zoo.kernels.grouped import triton_path
+
+    x, weight, offsets = draw(5, 4), draw(2, 3, 4).requires_grad_(), torch.tensor([0, 2, 5])
+    compiled = torch.compile(triton_path.grouped_matmul, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x, weight, offsets).square().sum(), weight)
+    expected = torch.autograd.grad(kernels.grouped_matmul(x, weight, offsets).square().sum(), weight)
+    torch.testing.assert_close(found, expected)
