@@ -32,9 +32,10 @@ def numerics(device: str, sizes: tuple[str, ...]) -> Iterator[Row]:
     """A row for each case, dtype and configuration: whether it is as exact as plain PyTorch, or what is wrong."""
     import torch
 
+    from zoo.kernels.case import cases
     from zoo.kernels.dispatch import HOMES
     from zoo.kernels.launch import Launches, architecture, configured
-    from zoo.testing.kernels import cases, check
+    from zoo.testing.kernels import check
 
     for case in cases():
         table, target = Launches(HOMES[case.primitive]), architecture(torch.device(device))

@@ -108,8 +108,9 @@ def compiled(architecture: str, home: str) -> dict[str, Row]:
     import torch
     from triton.runtime import driver
 
+    from zoo.kernels.case import Draw, cases
     from zoo.kernels.launch import Launches, configured, without_gpu
-    from zoo.testing.kernels import Draw, cases, outcome
+    from zoo.testing.kernels import outcome
 
     stand_in = StandIn(architecture)
     driver.set_active(stand_in)  # type: ignore[arg-type]

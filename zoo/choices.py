@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zoo.blocks.model import Spec
 from zoo.kernels.dispatch import Call, Primitive, as_dtype, chosen, device_kind, observed, use
 from zoo.model import build
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from zoo.kernels.case import Case, cases
 from zoo.kernels.dispatch import HOMES
 from zoo.kernels.launch import Launches, configured, without_gpu
-from zoo.testing.kernels import Case, Outcome, cases, check, outcome
+from zoo.testing.kernels import Outcome, check, outcome
 
 interpreter = pytest.importorskip("interpreter", reason="Triton is not installed on this system", exc_type=ImportError)
 

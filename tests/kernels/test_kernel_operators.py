@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zoo import kernels
+from zoo.kernels.case import Case, Draw, cases
 from zoo.kernels.launch import without_gpu
-from zoo.testing.kernels import Case, Draw, cases, outcome
+from zoo.testing.kernels import outcome
 from zoo.testing.tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed on this system")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.convolution import causal_convolution
-from zoo.testing.kernels import Case, Draw
 
 _KERNELS = ("causal_convolution_forward", "causal_convolution_backward")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.cross_entropy import linear_cross_entropy
-from zoo.testing.kernels import Case, Draw
 
 _KERNELS = ("cross_entropy_chunk",)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.delta import delta_rule
-from zoo.testing.kernels import Case, Draw
 
 _KERNELS = (
     "delta_inverse",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.grouped import grouped_matmul, route
-from zoo.testing.kernels import Case, Draw
 
 _KERNELS = ("grouped_product", "grouped_outer")
 _SMALL = (5, 0, 70, 1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.linear_recurrence import recurrence
-from zoo.testing.kernels import Case, Draw
 
 _KERNELS = ("recurrence_states", "recurrence_output", "recurrence_backward")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.pointwise import (
     KINDS,
     gated_activation,
@@ -16,7 +17,6 @@ from zoo.kernels.pointwise import (
     rotary,
     rotary_pair,
 )
-from zoo.testing.kernels import Case, Draw
 
 _NORM = ("norm_forward", "norm_backward")
 # The other configurations of the forward kernel are not for such rows.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.scan import diagonal_scan, selective_scan
-from zoo.testing.kernels import Case, Draw
 
 _SELECTIVE = ("selective_scan_forward", "selective_scan_backward")
 

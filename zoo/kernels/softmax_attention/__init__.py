@@ -20,17 +20,17 @@ WIDEST_HEAD = 256
 
 def _kernel_serves(call: Call) -> str | None:
     facts = call.facts
-    widest = max(facts.get("head_dim", 0), facts.get("value_dim", 0))
+    if (reason := launch.refusal(call)) is not None or not facts:
+        return reason
+    widest = max(facts["head_dim"], facts["value_dim"])
     if widest > WIDEST_HEAD:
         return f"takes heads up to {WIDEST_HEAD} wide, not {widest}"
-    extras = facts.get("extras", ())
+    extras = facts["extras"]
     if "blocks" in extras:
         if facts["block"] % TILE or facts["past"] % TILE or facts["first"] % TILE:
             return f"takes block patterns in multiples of {TILE} positions, with past and dropped keys in multiples too"
         if facts["dilation"] > 1:
             return "takes block patterns or dilation, not both"
-    if (reason := launch.refusal(call)) is not None or not facts:
-        return reason
     changed = facts["softcap"] or facts["clip"] or facts["lse"] or extras or facts["dilation"] > 1
     order = facts["causal"] and facts["tokens"] != facts["keys"] and facts["tokens"] > 1
     if facts["window"] is None and not changed and not order:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.case import Case, Draw
 from zoo.kernels.softmax_attention import attention
-from zoo.testing.kernels import Case, Draw
 
 _KERNELS = tuple(
     f"attention_{name}{dtype}"
