@@ -38,11 +38,10 @@ def numerics(device: str, sizes: tuple[str, ...]) -> Iterator[Row]:
     from zoo.testing.kernels import check
 
     for case in cases():
-        table, target = Launches(HOMES[case.primitive]), architecture(torch.device(device))
-        most = max(len(table.of(kernel, target)) for kernel in case.kernels)
+        target = architecture(torch.device(device))
+        configurations = Launches(HOMES[case.primitive]).trials(case.kernels, target)
         for dtype in case.dtypes:
-            for index in range(most):
-                indices = {kernel: min(index, len(table.of(kernel, target)) - 1) for kernel in case.kernels}
+            for index, indices in enumerate(configurations):
                 for size in sizes:
                     row = {"case": str(case), "dtype": str(dtype)[6:], "configuration": index, "size": size}
                     try:

@@ -118,9 +118,7 @@ def compiled(architecture: str, home: str) -> dict[str, Row]:
     for case in (case for case in cases() if home == _home(case.primitive)):
         for dtype in case.dtypes:
             inputs = case.inputs(Draw("large", dtype, blank=True))
-            most = max((len(launches.of(kernel, architecture)) for kernel in case.kernels), default=1)
-            for index in range(most):
-                indices = {kernel: min(index, len(launches.of(kernel, architecture)) - 1) for kernel in case.kernels}
+            for index, indices in enumerate(launches.trials(case.kernels, architecture)):
                 stand_in.label = f"{architecture} {str(dtype).removeprefix('torch.')} {case.name} {index}"
                 with without_gpu(architecture), configured(**indices), torch.random.fork_rng():
                     outcome(case, inputs, "triton")

@@ -66,6 +66,9 @@ def test_a_chosen_implementation_runs_and_changes_no_result() -> None:
 
 
 def test_a_choice_that_cannot_serve_says_why() -> None:
+    found = choices(spec(TEXT.replace("attention=reference", "rms_norm=triton")), tokens=8)
+    norms = [choice for choice in found if choice.primitive == "rms_norm"]
+    assert norms and all(choice.runs is None and choice.refusals["triton"] for choice in norms)
     model = zoo.build(spec(TEXT.replace("attention=reference", "rms_norm=triton")))
     with pytest.raises(ZooError, match="'triton' was chosen but cannot serve: needs a CUDA device"):
         model(torch.zeros(1, 4, dtype=torch.long))

@@ -40,14 +40,15 @@ def choices(
     `tokens` is the spec's context if None. Raises `ZooError` for an unknown device or dtype.
     """
     kind = device_kind(device)
-    model = build(spec, device="meta", dtype=as_dtype(dtype))
+    # Free of the spec's own choices, which could not serve on `meta`.
+    model = build(spec.model_copy(update={"kernels": ()}), device="meta", dtype=as_dtype(dtype))
     tokens = spec.context if tokens is None else tokens
     phases = {"forward": model.forward_case(batch, tokens)}
     if model.head_kind == "language_model":
         phases["decode"] = model.decode_case(batch, tokens)
     found: list[Choice] = []
     for phase, run in phases.items():
-        with torch.no_grad(), use(**dict.fromkeys(spec.kernel_choices, "reference")), observed() as notes:
+        with torch.no_grad(), observed() as notes:
             run()
         with use(**spec.kernel_choices):
             found += _grouped(phase, [(primitive, call._replace(device=kind)) for primitive, call in notes])

@@ -22,12 +22,11 @@ ARCHITECTURE = "sm_90"
 def trials() -> Iterator[Any]:
     """Each case in each dtype; where a kernel has several configurations, the others once in float32."""
     for case in cases():
-        table = Launches(HOMES[case.primitive])
-        most = max((len(table.of(kernel, ARCHITECTURE)) for kernel in case.kernels), default=1)
+        configurations = Launches(HOMES[case.primitive]).trials(case.kernels, ARCHITECTURE)
         for dtype in case.dtypes:
-            for index in range(most if dtype == torch.float32 else 1):
-                name = str(dtype).removeprefix("torch.")
-                yield pytest.param(case, dtype, index, id=f"{case}-{name}-{index}")
+            name = str(dtype).removeprefix("torch.")
+            for index, indices in enumerate(configurations if dtype == torch.float32 else configurations[:1]):
+                yield pytest.param(case, dtype, indices, id=f"{case}-{name}-{index}")
 
 
 def interpreted(indices: Mapping[str, int], case: Case, inputs: Mapping[str, Any]) -> Outcome:
@@ -36,8 +35,6 @@ def interpreted(indices: Mapping[str, int], case: Case, inputs: Mapping[str, Any
         return outcome(case, given, "triton")
 
 
-@pytest.mark.parametrize(("case", "dtype", "index"), [*trials()])
-def test_kernel_is_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype, index: int) -> None:
-    table = Launches(HOMES[case.primitive])
-    indices = {kernel: min(index, len(table.of(kernel, ARCHITECTURE)) - 1) for kernel in case.kernels}
+@pytest.mark.parametrize(("case", "dtype", "indices"), [*trials()])
+def test_kernel_is_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype, indices: dict[str, int]) -> None:
     check(case, dtype, run=partial(interpreted, indices))

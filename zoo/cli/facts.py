@@ -371,7 +371,7 @@ def print_choices(name: str, device: str, dtype: str, batch: int, seq: int | Non
 def _call_facts(facts: Mapping[str, Any]) -> str:
     """Shapes and flags of a call; flags that are off are left out."""
     shown = (
-        name if value is True else f"{name}={value}" for name, value in facts.items() if value not in (None, False)
+        name if value is True else f"{name}={value}" for name, value in facts.items() if value not in (None, False, ())
     )
     return " ".join(shown)
 

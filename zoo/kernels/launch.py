@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MOST_CONFIGURATIONS = 3
-LARGEST = 2**31
-"""Elements from which a tensor's offsets no longer fit 32 bits; kernels compute offsets of rows in 64."""
 
 Configuration = Mapping[str, Any]
 Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -127,6 +125,12 @@ class Launches:
         """The configurations of a kernel, without their bounds."""
         found = self.kernels[kernel][architecture]
         return [{name: value for name, value in one.items() if name != "when"} for one in found]
+
+    def trials(self, kernels: Collection[str], architecture: str) -> list[dict[str, int]]:
+        """What to give to `configured`, one after the other, to go through every configuration of some kernels."""
+        counts = {kernel: len(self.of(kernel, architecture)) for kernel in kernels}
+        most = max(counts.values(), default=1)
+        return [{kernel: min(index, count - 1) for kernel, count in counts.items()} for index in range(most)]
 
     def run(
         self, kernel: Any, grid: Grid, device: torch.device, sizes: Mapping[str, int], *arguments: Any, **constants: Any
