@@ -23,6 +23,8 @@ class Context:
     losses: auxiliary losses, already weighted, by name; components add to it.
     hidden: where layers append their outputs, or None when nobody asked. checkpointing: recompute each layer in the
     backward pass. shared: values that all layers of one forward pass agree on, such as a sampled width.
+    labels: `[batch, tokens]` targets, where only the loss is wanted; a head that can compute it without all scores at
+    once puts it into `loss` and returns the scores of no token.
     """
 
     positions: Tensor
@@ -34,6 +36,8 @@ class Context:
     hidden: list[Tensor] | None = None
     checkpointing: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+    loss: Tensor | None = None
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add an auxiliary loss; all that share a name are summed."""

@@ -36,13 +36,15 @@ class Output:
 
     logits: `[batch, tokens, vocab]` of a language model, `[batch, classes]`, or `[batch, outputs]`.
     losses: auxiliary losses, weighted, to be added to the model's own. state: set if one was given.
-    hidden: the output of each layer `[batch, tokens, width]`, if asked for.
+    hidden: the output of each layer `[batch, tokens, width]`, if asked for. loss: the mean cross entropy in nats over
+    the labels that were given, if the head computes it by itself; `logits` then are those of no token.
     """
 
     logits: Tensor
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     state: State | None = None
     hidden: tuple[Tensor, ...] | None = None
+    loss: Tensor | None = None
 
 
 class Model(Block):
@@ -84,12 +86,16 @@ class Model(Block):
         state: State | None = None,
         segments: Tensor | None = None,
         hidden_states: bool = False,
+        labels: Tensor | None = None,
     ) -> Output:
         """What the model says of `inputs`.
 
         `inputs` are `[batch, tokens]` integers or `[batch, channels, height, width]` images. With a `state`, the
         inputs follow on the tokens that it has seen and `Output.state` has seen them too. `segments`
         `[batch, tokens]` names the sequence of each token where several are laid end to end; it excludes a state.
+        With `labels` `[batch, tokens]`, the token that follows each or -100 where none counts, a language model's head
+        that is a full matrix gives the `loss` in place of the `logits`, of which only a few are held at a time; other
+        heads give their logits.
         """
         tokens = inputs.shape[1] if self.sequential else self.entry.tokens
         past = 0 if state is None else state.past
@@ -102,6 +108,7 @@ class Model(Block):
             segments=segments,
             hidden=[] if hidden_states else None,
             checkpointing=self.checkpointing,
+            labels=labels,
         )
         with use(**self.spec.kernel_choices) if self.spec.kernels else nullcontext():
             logits, tree = super().forward(inputs, ctx, None if state is None else state.tree)
@@ -110,6 +117,7 @@ class Model(Block):
             losses={name: torch.stack(values).sum() for name, values in ctx.losses.items()},
             state=None if state is None else State(past + tokens, state.capacity, tree),
             hidden=None if ctx.hidden is None else tuple(ctx.hidden),
+            loss=ctx.loss,
         )
 
     def _check(self, tokens: int, state: State | None, segments: Tensor | None) -> None:

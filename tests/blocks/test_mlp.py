@@ -10,10 +10,11 @@ from places import built, complaints, context, draw, place
 from tolerance import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.blocks.activations import GELU, SiLU
+from zoo.blocks.activations import GELU, ActivationBase, NoActivation, ReLU, Sigmoid, SiLU, SquaredReLU, gated
 from zoo.blocks.mlp import GLU, MLP
 from zoo.cost import Call
 from zoo.errors import SpecError
+from zoo.kernels.dispatch import observed
 
 
 def test_glu_is_llamas() -> None:
@@ -45,6 +46,25 @@ def test_mlp_is_gpt2s() -> None:
     theirs.load_state_dict({names[name]: tensor.t() for name, tensor in ours.weights.items()})
     x = draw(2, 5, 16)
     assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    "activation", [ReLU(), SquaredReLU(), GELU(), GELU(approximate="tanh"), SiLU(), Sigmoid(), NoActivation()]
+)
+def test_gates_of_every_activation_run_on_the_kernel(activation: ActivationBase) -> None:
+    nonlinearity = activation.module(place())
+    gate, up = draw(2, 5, 16), draw(2, 5, 16)
+    with observed() as notes:
+        found = gated(nonlinearity, gate, up)
+    assert [primitive.name for primitive, _ in notes] == ["gated_activation"]
+    assert_close(found, nonlinearity(gate) * up)
+
+
+def test_gates_of_what_the_kernel_does_not_know() -> None:
+    gate, up = draw(2, 5, 16), draw(2, 5, 16)
+    with observed() as notes:
+        assert_close(gated(torch.nn.Softplus(), gate, up), torch.nn.functional.softplus(gate) * up)
+    assert not notes
 
 
 def test_activation_and_width_are_inherited() -> None:

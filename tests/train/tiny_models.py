@@ -13,6 +13,7 @@ from torch import Tensor, nn
 class Output:
     logits: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
 
 
 class TinyLanguageModel(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from zoo import kernels
 from zoo.component import Component
 from zoo.registry import Role, register
 
@@ -11,28 +12,52 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class ActivationBase(Component):
+    """What gated units ask of a nonlinearity."""
+
+    def kernel(self) -> str | None:
+        """What `gated_activation` calls it; None where it does not know it."""
+        return None
+
+
+def gated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """`activation(gate) * up` with the built `activation`, in one pass where a kernel knows it."""
+    component = getattr(activation, "component", None)
+    kind = component.kernel() if isinstance(component, ActivationBase) else None
+    return activation(gate) * up if kind is None else kernels.gated_activation(gate, up, kind=kind)
+
+
 @register("relu", role=Role.ACTIVATION)
-class ReLU(Component):
+class ReLU(ActivationBase):
     r"""$\max(x, 0)$."""
+
+    def kernel(self) -> str:
+        return "relu"
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.relu()
 
 
 @register("relu2", role=Role.ACTIVATION, sources=["So et al. 2021, Primer"])
-class SquaredReLU(Component):
+class SquaredReLU(ActivationBase):
     r"""$\max(x, 0)^2$."""
+
+    def kernel(self) -> str:
+        return "relu2"
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.relu().square()
 
 
 @register("gelu", role=Role.ACTIVATION, sources=["Hendrycks and Gimpel 2016, Gaussian Error Linear Units"])
-class GELU(Component):
+class GELU(ActivationBase):
     r"""$x \Phi(x)$ with the normal distribution function $\Phi$, or its approximation by a hyperbolic tangent."""
 
     approximate: Literal["none", "tanh"] = "none"
     """`tanh` for the approximation that GPT-2 and Gemma use."""
+
+    def kernel(self) -> str:
+        return "gelu" if self.approximate == "none" else "gelu_tanh"
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -41,8 +66,11 @@ class GELU(Component):
 
 
 @register("silu", role=Role.ACTIVATION, sources=["Elfwing, Uchibe and Doya 2017"])
-class SiLU(Component):
+class SiLU(ActivationBase):
     r"""$x \sigma(x)$, also called swish."""
+
+    def kernel(self) -> str:
+        return "silu"
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -51,16 +79,22 @@ class SiLU(Component):
 
 
 @register("sigmoid", role=Role.ACTIVATION)
-class Sigmoid(Component):
+class Sigmoid(ActivationBase):
     r"""$1 / (1 + e^{-x})$."""
+
+    def kernel(self) -> str:
+        return "sigmoid"
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.sigmoid()
 
 
 @register("linear", role=Role.ACTIVATION)
-class NoActivation(Component):
+class NoActivation(ActivationBase):
     """The identity, which makes a gated unit bilinear."""
+
+    def kernel(self) -> str:
+        return "linear"
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from zoo import kernels
 from zoo.component import Child, Complaint, Component, Linear, Scope, Size
 from zoo.context import Context
 from zoo.cost import Call, Cost, elementwise
@@ -32,7 +33,8 @@ class HeadBase(Component):
 class LanguageModelHead(HeadBase):
     r"""Scores for the next token: $E x$ with the stem's table $E$ if tied, else a matrix of its own.
 
-    `[batch, tokens, width]` to `[batch, tokens, vocab]`.
+    `[batch, tokens, width]` to `[batch, tokens, vocab]`. Where only the loss is wanted, the scores are computed for
+    some tokens at a time and never held for the whole batch, unless `linear` is no full matrix.
     """
 
     kind: ClassVar[str] = "language_model"
@@ -64,8 +66,22 @@ class LanguageModelHead(HeadBase):
     def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:
         import torch.nn.functional as F
 
+        if ctx.labels is not None and (matrix := self._matrix(module, table)) is not None:
+            weight, bias = matrix
+            targets = ctx.labels.reshape(-1)
+            ctx.loss = kernels.linear_cross_entropy(x.flatten(0, 1), weight, targets, bias=bias, softcap=self.softcap)
+            x = x[:, :0]
         scores = F.linear(x, table) if table is not None else module.project(x)
         return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
+
+    def _matrix(self, module: Any, table: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias that give the scores; None where another kind of map does."""
+        from zoo.blocks.linear import Dense
+
+        if table is not None:
+            return table, None
+        dense = type(getattr(module.project, "component", None)) is Dense
+        return (module.project.weight, getattr(module.project, "bias", None)) if dense else None
 
 
 class PooledHead(HeadBase):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
+from zoo.blocks.activations import gated
 from zoo.blocks.linear import Dense
 from zoo.blocks.mlp import GLU, MLP, Ratio
 from zoo.component import Activation, Child, Complaint, Component, Scope, Size, Traits, slots
@@ -133,9 +134,8 @@ class MatFormer(Component):
 
         index, drawn = self._choice(module, x, ctx)
         width = self.widths[index]
-        h = module.activation(F.linear(x, (module.gate if self.gated else module.up)[:width]))
-        if self.gated:
-            h = h * F.linear(x, module.up[:width])
+        up = F.linear(x, module.up[:width])
+        h = gated(module.activation, F.linear(x, module.gate[:width]), up) if self.gated else module.activation(up)
         if drawn is not None:
             h = h * self._within(drawn, h)
         return h @ module.down[:width], None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
+from zoo.blocks.activations import gated
 from zoo.component import Activation, Child, Complaint, Component, Linear, Scope, Share, Size, Traits
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost, elementwise
@@ -151,4 +152,4 @@ class GLU(Plain):
         ctx: Context,
         state: StateTree | None = None,
     ) -> tuple[Tensor, StateTree | None]:
-        return self.narrowed(module, module.activation(module.gate(x)) * module.up(x)), None
+        return self.narrowed(module, gated(module.activation, module.gate(x), module.up(x))), None

@@ -64,9 +64,11 @@ class TrainingModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs, labels = batch
-        output = self.model(self._cast(inputs))
-        total, count = loss_sum(output.logits, labels, self.head_kind)
-        loss = total / count.clamp(min=1)
+        output = self.model(self._cast(inputs), labels=labels)
+        loss = output.loss
+        if loss is None:
+            total, count = loss_sum(output.logits, labels, self.head_kind)
+            loss = total / count.clamp(min=1)
         auxiliary = sum(output.losses.values(), start=torch.zeros_like(loss))
         return {"loss": loss + auxiliary, "main": loss.detach(), "auxiliary": auxiliary.detach()}
 

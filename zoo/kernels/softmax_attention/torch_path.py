@@ -207,7 +207,7 @@ def _in_blocks(
     def cut(x: Tensor) -> Tensor:
         """`[batch, keys, ...]` to overlapping pieces `[batch, blocks, ..., reach]`, without a copy of any."""
         x = x[:, max(0, -front) :]
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (max(0, front), back)).unfold(1, reach, block)
+        return _padded(x, max(0, front), back).unfold(1, reach, block)
 
     row, column = torch.arange(block, device=q.device), torch.arange(reach, device=q.device)
     distance = row[:, None] + (reach - block) - column
@@ -233,11 +233,18 @@ def _in_blocks(
             visible = visible | ~seen
     mask = _mask(visible, added)
     assert mask is not None
-    q = F.pad(q, (0, 0, 0, 0, 0, back)).unflatten(1, (blocks, block))
+    q = _padded(q, 0, back).unflatten(1, (blocks, block))
     k, v = (cut(x).movedim(-1, 2) for x in (k, v))
     # Blocks take the place of the batch, row by row: merging the two would copy the overlapping pieces.
     rows = zip(q.unbind(), k.unbind(), v.unbind(), mask.expand(batch, -1, -1, -1, -1).unbind(), strict=True)
-    out = torch.stack([_product(queries, near, values, rules.scale, one, sink) for queries, near, values, one in rows])
+    outputs = [_product(queries, near, values, rules.scale, one, sink) for queries, near, values, one in rows]
+    out = outputs[0].unsqueeze(0) if batch == 1 else torch.stack(outputs)
     if seen is not None:
         out = out.masked_fill(~seen.transpose(2, 3), 0)
     return out.flatten(1, 2)[:, :tokens]
+
+
+def _padded(x: Tensor, front: int, back: int) -> Tensor:
+    """Zeros around `x` `[batch, tokens, ...]` along the tokens, without writing what `x` covers twice."""
+    around = [x.new_zeros(x.shape[0], length, *x.shape[2:]) for length in (front, back)]
+    return torch.cat([around[0], x, around[1]], 1) if front or back else x
