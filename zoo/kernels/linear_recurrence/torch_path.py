@@ -176,12 +176,11 @@ def _mild_chunk(
             total, entering = total - middle, middle.exp().view(shape)
         factor = total.exp()
         leaving = factor[:, -1].view(shape)
-        # The gradient of a division by small factors would leave the range.
-        inverse = (-total).exp() if total.requires_grad else factor.reciprocal()
-        if by_channel:
-            q, k = q * factor, k * inverse
+        if not by_channel:
+            v = v * (-total).exp().unsqueeze(-1)
         else:
-            v = v * inverse.unsqueeze(-1)
+            # The gradient of a division by small factors would leave the range.
+            q, k = q * factor, k * (-total).exp() if total.requires_grad else k / factor
 
     def flat(x: Tensor, width: int) -> Tensor:
         return x.reshape(batch, chunk, groups, width).transpose(1, 2).reshape(batch * groups, chunk, width)

@@ -108,7 +108,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-        return (ACTIVATIONS[kind](gate) * up).to(gate.dtype)
+        return _scaled(ACTIVATIONS[kind](gate), up, kind).to(gate.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
@@ -119,7 +119,13 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         grad_gate = GRADIENTS[ctx.kind]((grad * up).to(gate.dtype), gate).to(gate.dtype)
-        return grad_gate, (grad * ACTIVATIONS[ctx.kind](gate)).to(up.dtype), None
+        return grad_gate, _scaled(ACTIVATIONS[ctx.kind](gate), grad, ctx.kind).to(up.dtype), None
+
+
+def _scaled(activated: Tensor, factor: Tensor, kind: str) -> Tensor:
+    """`activated * factor`, in place where `activated` is a tensor of its own and wide enough."""
+    own = kind != "linear" and activated.dtype == factor.dtype
+    return activated.mul_(factor) if own else activated * factor
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
