@@ -264,6 +264,28 @@ def probe_device(
     probe_device(device, threads, out, json)
 
 
+@device.command("calibrate")
+def calibrate_device(
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time to spend on timing.")] = 280.0,
+    prior: Annotated[
+        str | None, typer.Option(help="Another device's calibration, with which ten models are a start.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Draw half of the models from this space: best for searching it.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget what an interrupted calibration has timed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the calibration there.")] = None,
+    json: Json = False,
+) -> None:
+    """Time some hundred small models on this machine, so that latencies of others can be predicted."""
+    from zoo.cli.devices import calibrate_device
+
+    calibrate_device(device, dtype, threads, seconds, prior, space, fresh, out, json)
+
+
 @app.command()
 def search(
     space: Annotated[
