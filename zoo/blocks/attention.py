@@ -263,6 +263,7 @@ class Attention(HeadMixer):
             softcap=self.softcap,
         )
         pairs = flops / (4 * head_dim)
+        whole = pairs == call.rows * keys * heads
         moved = float((2 * call.rows * heads + 2 * call.batch * keys * kv_heads) * head_dim * size)
         # Scores are in memory, in float32 or wider, only where a soft cap keeps them from the fused computation, which
         # in turn computes them once more in its backward pass.
@@ -274,6 +275,7 @@ class Attention(HeadMixer):
             traffic=moved + 4 * scores,
             saved=moved + 2 * scores,
             peak=call.rows * heads * head_dim * size + 2 * scores,
+            kind="attention" if whole else "window_attention",
         )
 
     def forward(

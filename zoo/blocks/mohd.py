@@ -143,11 +143,15 @@ class MixtureOfHiddenDimensions(FeedForward):
         router = Cost(
             flops=2.0 * rows * width * routed,
             traffic=float((routed * width + rows * (width + routed)) * size),
+            kind="router",
         ) + elementwise(rows * routed, size, operations=5)
         blocks = Cost(
             flops=2.0 * pairs * subdim * hidden * matrices,
             traffic=float((used * subdim * hidden + pairs * (subdim + hidden)) * matrices * size),
             saved=float(pairs * (subdim + hidden) * size),
+            kind="subdimensions",
+            weights=used * subdim * hidden * matrices * size,
+            steps=used,
         )
         sums = elementwise(pairs * hidden, size, saved=0) * len(self.widening)
         product = elementwise(rows * hidden, size, operands=3, saved=2) if self.gated else Cost()
@@ -156,6 +160,7 @@ class MixtureOfHiddenDimensions(FeedForward):
             flops=2.0 * rows * width * self.subdims,
             traffic=float((width * self.subdims + 2 * rows * width) * size),
             saved=float(rows * width * size),
+            kind="fusion",
         )
         total = self.children_cost(scope, call) + router + blocks + sums + product + ends
         peak = float((pairs * hidden * 2 + rows * (hidden * len(self.widening) + width)) * size)
