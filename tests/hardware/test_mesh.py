@@ -62,10 +62,10 @@ def work(batch: int, tokens: int = 2048) -> Workload:
 
 # Table 2: 64 chips; what was measured in a prefill of 2048 tokens, and in one of 64 decoding steps behind them.
 PUBLISHED: list[tuple[MeshPhase, int, str, str, str, float, float]] = [
-    ("prefill", 1, "int8", "2D weight-stationary", "heads", 0.29, 0.43),
-    ("decode", 64, "int8", "2D weight-stationary", "batch", 1.82 / 64, 0.14),
-    ("prefill", 512, "bfloat16", "weight-gathered", "batch", 85.2, 0.76),
-    ("decode", 512, "bfloat16", "2D weight-stationary", "batch", 6.0 / 64, 0.33),
+    ("prefill", 1, "int8", "stationary 4x16", "heads", 0.29, 0.43),
+    ("decode", 64, "int8", "stationary 4x16", "batch", 1.82 / 64, 0.14),
+    ("prefill", 512, "bfloat16", "gathered", "batch", 85.2, 0.76),
+    ("decode", 512, "bfloat16", "stationary 4x16", "batch", 6.0 / 64, 0.33),
 ]
 
 
@@ -143,7 +143,7 @@ def test_one_chip_is_the_sum_over_the_model() -> None:
     counted = metrics(spec, work(2, 512))
     for phase in ("prefill", "decode"):
         (found,) = mesh_cost(spec, work(2, 512), replace(device, link=None), 1, phase).placements
-        assert found.communication == 0 and found.layout.weights == "one chip"
+        assert found.communication == 0 and found.layout.weights == "stationary 1x1"
         assert found.compute == counted["flops" if phase == "prefill" else "decode_flops"] / device.rate("bfloat16")
         rows = counted["embedding_params"]
         assert found.weight_load == pytest.approx((counted["params"] - rows) * 2 / device.bandwidth)
@@ -207,7 +207,7 @@ def test_what_cannot_be_laid_out_says_what_could() -> None:
         mesh_cost(gpt2, work(1), load_profile("raspberry-pi-4"), 4, "prefill")
     with pytest.raises(ZooError, match=r"5 chips .*sides 768, 3072 nor a batch of 1 divide; 4 or 6 chips would do"):
         mesh_cost(gpt2, work(1), h100, 5, "prefill")
-    assert mesh_cost(gpt2, work(5), h100, 5, "prefill").best.layout.weights == "weight-gathered 5x1"
+    assert mesh_cost(gpt2, work(5), h100, 5, "prefill").best.layout.weights == "gathered 5x1"
     with pytest.raises(ZooError, match="a 5x7 mesh cannot"):
         mesh_cost(gpt2, work(1), h100, (5, 7), "prefill")
     with pytest.raises(ZooError, match="decodes nothing"):

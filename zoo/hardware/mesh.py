@@ -55,12 +55,9 @@ class Layout:
 
     @property
     def weights(self) -> str:
-        """The paper's name for what happens to weights."""
-        if self.gathered > 1:
-            return f"weight-gathered {self.gathered}x{self.inner_split}"
-        if self.width_split > 1:
-            return f"2D weight-stationary {self.width_split}x{self.inner_split}"
-        return "1D weight-stationary" if self.chips > 1 else "one chip"
+        """What happens to weights: `stationary 1x8`, the paper's 1D, `stationary 2x4`, its 2D, or `gathered 4x2`."""
+        kind, first = ("gathered", self.gathered) if self.gathered > 1 else ("stationary", self.width_split)
+        return f"{kind} {first}x{self.inner_split}"
 
     @property
     def attention(self) -> Literal["heads", "batch"]:

@@ -125,7 +125,7 @@ def picture(title: str, parts: Iterable[Part], device: Profile, dtype: str) -> P
     peak = device.rate(dtype)
     ridge = peak / device.bandwidth
     intensities = [ridge / 10, ridge * 10, *(point.intensity for point in points)]
-    x = Axis(math.floor(math.log10(min(intensities))), math.ceil(math.log10(max(intensities))))
+    x = Axis(_decade(min(intensities), down=True), _decade(max(intensities), down=False))
     rates = [peak, *device.peak.values(), *(point.rate for point in points), 10**x.low * device.bandwidth]
     return Picture(
         title=title,
@@ -136,9 +136,13 @@ def picture(title: str, parts: Iterable[Part], device: Profile, dtype: str) -> P
         points=tuple(points),
         still=tuple(dict.fromkeys(kind for (_, kind), (operations, *_) in sums.items() if not operations)),
         x=x,
-        # Room above the highest roof for its name.
-        y=Axis(math.floor(math.log10(min(rates))), math.ceil(math.log10(max(rates) * 2))),
+        y=Axis(_decade(min(rates), down=True), _decade(max(rates), down=False)),
     )
+
+
+def _decade(value: float, *, down: bool) -> int:
+    """The power of ten at the end of an axis that leaves some room for marks and names beyond a value."""
+    return math.floor(math.log10(value / 1.5)) if down else math.ceil(math.log10(value * 2))
 
 
 def _roofs(device: Profile, dtype: str) -> dict[str, float]:
@@ -196,7 +200,7 @@ def _legend(found: Picture, letters: Mapping[Point, str], width: int) -> Iterato
     for phase in found.phases:
         points = [point for point in found.points if point.phase == phase]
         longest = max(len(phase) + 2, *(len(point.kind) for point in points)) if points else len(phase)
-        longest = min(longest, width - 42)
+        longest = min(longest, width - 43)
         yield f"  {phase:<{longest}}  {'FLOP/byte':>10}  {'FLOP/s':>8}  {'time':>5}  bound by"
         for point in points:
             yield (

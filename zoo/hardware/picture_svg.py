@@ -198,7 +198,7 @@ class _Plot:
     def label(self, text: str, x: float, y: float, size: float, style: str) -> tuple[str, str]:
         """A text close to a mark, and a line from the mark to it if it is far."""
         wide, boxes = len(text) * GLYPH, []
-        for ring in range(8):
+        for ring in range(12):
             for turn in range(16):
                 across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
                 gap = size + 5 + 11 * ring
@@ -222,12 +222,13 @@ class _Plot:
         return sum(piece.overlap(other) for piece in _along(x, y, *box.nearest(x, y)) for other in self.written)
 
     def settle(self, boxes: Sequence[_Box], cost: Callable[[_Box], float] = lambda box: 0.0) -> _Box:
-        """Take the box that covers least of what is there, `cost` added; of equal ones the first."""
+        """Take the box that covers least of what is there, texts least of all; of equal ones the first."""
 
         def covered(box: _Box) -> float:
             inside = box.left >= LEFT + 2 and box.right <= WIDTH - 4 and box.top >= TOP - 20
             beyond = 0 if inside and box.bottom <= HEIGHT - BOTTOM else 1e6
-            return beyond + cost(box) + sum(box.overlap(other) for other in self.taken)
+            hidden = sum(box.overlap(other) for other in self.written)
+            return beyond + cost(box) + 9 * hidden + sum(box.overlap(other) for other in self.taken)
 
         where = min(boxes, key=covered)
         self.write(where)
