@@ -87,12 +87,15 @@ def measure(
     max_seconds: float = 10.0,
     threads: int | None = None,
     clock: Clock = time.perf_counter,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Time calls without arguments against each other on one device.
 
     After `warmup` calls of each case, rounds follow in which every case runs once, every other round in reverse order
     (ABBA), so that drift of the machine meets all cases alike. There are at least `repeats` rounds, more until each
-    case has run for `min_seconds` (up to 50 times `repeats`), fewer (but two) if one has run for `max_seconds`.
+    case has run for `min_seconds` (up to 50 times `repeats`), fewer (but two) if one has run for `max_seconds`. Where
+    `settle` is above zero, untimed runs of the same case for that many seconds, one at least, come before each timed
+    one, so that caches hold what they hold for a model that runs alone.
 
     Runs are without gradients and without garbage collection, on `threads` CPU threads (the device's). On a GPU the
     time is that between two events on its stream, elsewhere `clock` gives it, in seconds.
@@ -117,6 +120,9 @@ def measure(
             and (rounds < repeats or (min(spent.values()) < min_seconds and rounds < _MOST_ROUNDS * repeats))
         ):
             for name in cases if rounds % 2 == 0 else reversed(list(cases)):
+                settled = 0.0
+                while settled < settle:
+                    settled += run(cases[name])
                 seconds = run(cases[name])
                 runs[name].append(seconds)
                 spent[name] += seconds
