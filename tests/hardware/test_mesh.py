@@ -60,7 +60,8 @@ def work(batch: int, tokens: int = 2048) -> Workload:
     return Workload(batch, tokens, tokens, "bfloat16")
 
 
-# Table 2: 64 chips; what was measured in a prefill of 2048 tokens, and in one of 64 decoding steps behind them.
+# Table 2, 64 chips: a prefill of 2048 tokens, and one of 64 decoding steps behind them. Read from memory; the abstract
+# says 29 ms and 76%, and each utilisation is what its time makes of the model's FLOPs.
 PUBLISHED: list[tuple[MeshPhase, int, str, str, str, float, float]] = [
     ("prefill", 1, "int8", "stationary 4x16", "heads", 0.29, 0.43),
     ("decode", 64, "int8", "stationary 4x16", "batch", 1.82 / 64, 0.14),
@@ -81,6 +82,19 @@ def test_palm_540b_is_laid_out_as_published_and_no_measurement_beats_the_bound(
         assert found.compute / seconds == pytest.approx(utilisation, rel=0.03)
 
 
+def test_gathering_over_all_chips_as_published_is_no_worse_than_over_some() -> None:
+    found = {one.layout.weights: one.seconds for one in mesh_cost(palm(), work(512), TPU, 64, "prefill").placements}
+    assert found["gathered 64x1"] == pytest.approx(min(found.values()), rel=0.03)
+    assert min(seconds for weights, seconds in found.items() if "stationary" in weights) > 1.2 * min(found.values())
+
+
+def test_one_key_value_head_cut_by_sequence_holds_32_times_the_context() -> None:
+    many = parse(PALM.replace("kv_heads: 1, head_dim: 256", "head_dim: 128"))
+    by_head = {one.layout.attention: one for one in mesh_cost(many, work(512), TPU, (64,), "decode").placements}
+    by_sequence = {one.layout.attention: one for one in mesh_cost(palm(), work(512), TPU, (64,), "decode").placements}
+    assert by_head["heads"].state_load / by_sequence["batch"].state_load == pytest.approx(32, rel=1e-3)
+
+
 def test_int8_weights_of_palm_are_read_in_seven_milliseconds_of_the_29_that_were_measured() -> None:
     assert metrics(palm())["params"] == pytest.approx(540.35e9, rel=1e-4)
     found = mesh_cost(palm(), work(64), TPU, 64, "decode", weights="int8").best
@@ -88,7 +102,8 @@ def test_int8_weights_of_palm_are_read_in_seven_milliseconds_of_the_29_that_were
     assert found.weight_load + found.state_load < found.seconds < 29e-3
 
 
-# Table 1: the longest context on 64 chips with 30% of their memory for keys and values.
+# Table 1: the longest context on 64 chips with 30% of their memory for keys and values. Read from memory; the abstract
+# says "up to 32x", the fifth over the first.
 CONTEXTS = [
     ("{type: attention, heads: 48, head_dim: 128}", "heads", 128, 1320),
     ("{type: attention, heads: 48, head_dim: 128}", "heads", 512, 330),

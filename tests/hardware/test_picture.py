@@ -67,11 +67,11 @@ def test_everything_lies_inside_the_axes() -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("width", [10, 48, 64, 80, 200])
+@pytest.mark.parametrize("width", [10, 56, 64, 80, 200])
 def test_letters_stand_at_their_figures(plain: bool, width: int) -> None:
     found = example()
     lines = drawn(found, width, plain=plain).splitlines()
-    wide = max(48, min(width, 80))
+    wide = max(56, min(width, 80))
     assert max(map(len, lines)) <= wide and (not plain or all(line.isascii() for line in lines))
     plot, columns = plotted(lines), wide - 7
     for point, letter in zip(found.points, "ABCac"):
@@ -82,7 +82,7 @@ def test_letters_stand_at_their_figures(plain: bool, width: int) -> None:
         (figures,) = [line for line in lines if line.startswith(f"{letter} {point.kind}")]
         assert scaled(point.intensity) in figures and f"{point.share:.0%}" in figures
     assert lines[-1] == "without arithmetic: embedding"
-    assert any("ridge 295" in line and line.endswith("FLOP/byte") for line in lines)
+    assert any("ridge 295" in line and "FLOP/byte" in line for line in lines)
 
 
 def test_the_roof_is_drawn_up_to_the_ridge_and_flat_from_there() -> None:

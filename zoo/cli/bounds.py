@@ -153,11 +153,12 @@ def _parts(spec: Spec, work: Workload, device: Profile) -> Iterator[Part]:
     """Every operator of a forward pass and, for language models, of a decoding step, in the least time it takes."""
     from zoo.accounting import places
     from zoo.hardware.picture import Part
+    from zoo.hardware.roofline import least_seconds
 
-    rate = device.rate(work.dtype)
     for place in places(spec.fill(), work):
         for phase, call in {"forward": place.tokens, **({"decode": place.token} if _generates(spec) else {})}.items():
             for piece in place.component.cost(place.scope, call).operators:
-                operations, moved = piece.flops + piece.pointwise, piece.traffic
-                seconds = max(operations / rate, moved / device.bandwidth) + device.launch
-                yield Part(piece.kind, phase, operations * piece.calls, moved * piece.calls, seconds * piece.calls)
+                # The peak is that of matrix products, beside which other arithmetic does not count.
+                operations = (piece.flops or piece.pointwise) * piece.calls
+                seconds = least_seconds([piece], device, work.dtype)
+                yield Part(piece.kind, phase, operations, piece.traffic * piece.calls, seconds)

@@ -162,11 +162,11 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def drawn(found: Picture, width: int = 80, *, plain: bool = False) -> str:
-    """The picture and its legend in lines of at most `width` characters, 48 at least; `plain` uses ASCII alone.
+    """The picture and its legend in lines of at most `width` characters, 56 at least and 80 at most; `plain` uses ASCII alone.
 
     Upper case letters are the parts of the first phase, lower case those of the second.
     """
-    width = max(48, min(width, 80))
+    width = max(56, min(width, 80))
     canvas = _Canvas(found, width - _GUTTER, 19, plain)
     for peak in found.roofs.values():
         if peak != found.peak:
@@ -290,9 +290,9 @@ class _Canvas:
         yield f"{' ' * (_GUTTER - 1)}{corner}{''.join(bottom)}"
         yield _laid({_GUTTER + column: label for column, label in ticks.items()}, _GUTTER + self.columns)
         ridge = f"{'^' if self.plain else '▲'} ridge {scaled(self.found.ridge)}"
-        at = _GUTTER + self.column(self.found.ridge) // self.across
-        title = "FLOP/byte"
-        yield _laid({at + len(ridge) // 2: ridge, _GUTTER + self.columns: title}, _GUTTER + self.columns)
+        at, title = self.column(self.found.ridge) // self.across, "FLOP/byte"
+        aside = 0 if at + len(ridge) + len(title) > self.columns else self.columns
+        yield _laid({_GUTTER + at + len(ridge) // 2: ridge, _GUTTER + aside: title}, _GUTTER + self.columns)
 
     def _cell(self, column: int, row: int) -> str:
         if (column, row) in self.texts:
