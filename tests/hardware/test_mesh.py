@@ -188,8 +188,10 @@ def test_what_does_not_fit_comes_last_and_says_how_many_chips_would_do() -> None
     assert not found.best.fits and found.enough == 8
     for chips, fits in ((4, False), (8, True)):
         assert mesh_cost(spec, work(8), device, chips, "decode").best.fits is fits
-    order = mesh_cost(spec, work(8), device, 8, "decode").placements
+    order = mesh_cost(palm(), work(512), TPU, (4, 4, 4), "prefill").placements
     assert [one.fits for one in order] == sorted((one.fits for one in order), reverse=True)
+    fitting = [one.seconds for one in order if one.fits]
+    assert fitting == sorted(fitting) and any(one.seconds < fitting[-1] for one in order if not one.fits)
     # Keys and values of one sequence and one head are on every chip.
     endless = mesh_cost(palm(), work(1, 2_000_000_000), TPU, 64, "decode")
     assert endless.enough is None

@@ -103,6 +103,7 @@ def test_the_roof_is_drawn_up_to_the_ridge_and_flat_from_there() -> None:
 def test_letters_do_not_cover_each_other() -> None:
     plot = "".join(plotted(drawn(example(CROWD), plain=True).splitlines()))
     assert set("ABCDEFGHIJKL") <= set(plot)
+    assert drawn(picture("größer", PARTS, H100, "bf16"), plain=True).startswith("gr??er\n")
 
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -124,7 +124,8 @@ def picture(title: str, parts: Iterable[Part], device: Profile, dtype: str) -> P
     points.sort(key=lambda point: (phases.index(point.phase), -point.share))
     peak = device.rate(dtype)
     ridge = peak / device.bandwidth
-    intensities = [ridge / 10, ridge * 10, *(point.intensity for point in points)]
+    ridges = [rate / device.bandwidth for rate in device.peak.values()]
+    intensities = [ridge / 10, ridge * 10, *ridges, *(point.intensity for point in points)]
     x = Axis(_decade(min(intensities), down=True), _decade(max(intensities), down=False))
     rates = [peak, *device.peak.values(), *(point.rate for point in points), 10**x.low * device.bandwidth]
     return Picture(
@@ -155,16 +156,17 @@ def _roofs(device: Profile, dtype: str) -> dict[str, float]:
     return {", ".join(names[rate]): rate for rate in sorted(names, reverse=True)}
 
 
-def scaled(value: float, unit: str = "") -> str:
+def scaled(value: float) -> str:
     """A number with a prefix and three digits: `1k`, `2.5T`, `0.01`."""
     power = min(6, max(0, math.floor(math.log10(value) / 3 + 1e-9))) if value > 0 else 0
-    return f"{plain_number(float(f'{value / 1000**power:.3g}'))}{['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}{unit}"
+    return f"{plain_number(float(f'{value / 1000**power:.3g}'))}{['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}"
 
 
 def drawn(found: Picture, width: int = 80, *, plain: bool = False) -> str:
-    """The picture and its legend in lines of at most `width` characters, 56 at least and 80 at most; `plain` uses ASCII alone.
+    """The picture and its legend in lines of at most `width` characters, which is kept within 56 and 80.
 
-    Upper case letters are the parts of the first phase, lower case those of the second.
+    `plain` uses ASCII alone, braille draws finer. Upper case letters are the parts of the first phase, lower case those
+    of the second.
     """
     width = max(56, min(width, 80))
     canvas = _Canvas(found, width - _GUTTER, 19, plain)
@@ -179,7 +181,8 @@ def drawn(found: Picture, width: int = 80, *, plain: bool = False) -> str:
         canvas.name(f"{name} {format_quantity(peak, 'flops')}/s", peak, below=peak == found.peak)
     canvas.fall(found.ridge, found.peak)
     lines = [shorten(found.title, width, placeholder=" ..."), *canvas.lines(), *_legend(found, letters, width)]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    text = "\n".join(line.rstrip() for line in lines) + "\n"
+    return text.encode("ascii", "replace").decode() if plain else text
 
 
 _GUTTER = 7
@@ -199,8 +202,9 @@ def _legend(found: Picture, letters: Mapping[Point, str], width: int) -> Iterato
     """What the letters stand for, and the figures of each."""
     for phase in found.phases:
         points = [point for point in found.points if point.phase == phase]
-        longest = max(len(phase) + 2, *(len(point.kind) for point in points)) if points else len(phase)
-        longest = min(longest, width - 43)
+        if not points:
+            continue
+        longest = min(max(len(phase) + 2, *(len(point.kind) for point in points)), width - 43)
         yield f"  {phase:<{longest}}  {'FLOP/byte':>10}  {'FLOP/s':>8}  {'time':>5}  bound by"
         for point in points:
             yield (
@@ -208,7 +212,7 @@ def _legend(found: Picture, letters: Mapping[Point, str], width: int) -> Iterato
                 f"{scaled(point.rate):>8}  {point.share:>5.0%}  {found.bound(point)}"
             )
     if found.still:
-        yield f"without arithmetic: {', '.join(found.still)}"
+        yield shorten(f"without arithmetic: {', '.join(found.still)}", width, placeholder=" ...")
 
 
 class _Canvas:

@@ -36,7 +36,7 @@ svg { color-scheme: light dark; font: 12px system-ui, -apple-system, "Segoe UI",
 def svg(found: Picture) -> str:
     """The picture as the text of an SVG file.
 
-    The area of a mark is its share of the time of its phase; a mark shows its figures when the pointer rests on it.
+    The larger a mark, the more of its phase's time it takes; it shows its figures when the pointer rests on it.
     """
     plot = _Plot(found)
     body = [*plot.grid(), *plot.roof(), *plot.ridge(), *plot.names(), *plot.marks(), *plot.legend()]
@@ -108,12 +108,12 @@ class _Plot:
 
     def roof(self) -> Iterator[str]:
         found = self.found
-        low, high = 10.0**found.x.low, 10.0**found.x.high
-        foot, ridge = low * found.bandwidth, found.ridge
+        low, ridge = 10.0**found.x.low, found.ridge
+        foot = low * found.bandwidth
         line = f"M{self.x(low):.1f} {self.y(foot):.1f}L{self.x(ridge):.1f} {self.y(found.peak):.1f}H{WIDTH - RIGHT}"
         yield f'<path class="under" d="{line}V{HEIGHT - BOTTOM}H{LEFT}Z"/>'
         for peak in found.roofs.values():
-            y, start = self.y(peak), self.x(min(high, peak / found.bandwidth))
+            y, start = self.y(peak), self.x(peak / found.bandwidth)
             if peak > found.peak:
                 rise = f"M{self.x(ridge):.1f} {self.y(found.peak):.1f}L{start:.1f} {y:.1f}H{WIDTH - RIGHT}"
                 yield f'<path class="other" d="{rise}"/>'
@@ -180,7 +180,7 @@ class _Plot:
             yield _text(x + 18, 56, phase, "", "start")
             x += 18 + len(phase) * GLYPH + 22
         still = f"; no arithmetic: {', '.join(self.found.still)}" if self.found.still else ""
-        yield _text(x, 56, f"area: share of the phase's time{still}", "soft", "start")
+        yield _text(x, 56, f"the larger, the more of the phase's time{still}", "soft", "start")
 
     def block(self, x1: float, y1: float, x2: float, y2: float) -> None:
         """Keep labels off a line."""
