@@ -185,10 +185,29 @@ class Unit:
     block: Block
     index: Mapping[str, int] = field(init=False, repr=False)
     """The numbers of its decisions by name."""
+    runs: Mapping[int, tuple[int, ...]] = field(init=False, repr=False)
+    """For each decision, that one and those that are asked next whatever the values of these are."""
 
     def __post_init__(self) -> None:
         index = {decision.name: number for number, decision in enumerate(self.decisions)}
         object.__setattr__(self, "index", index)
+        object.__setattr__(self, "runs", self._runs(self.block, ()))
+
+    def _runs(self, block: Block, behind: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+        """The runs of a block; `behind` is the run of what is asked after it."""
+        found: dict[int, tuple[int, ...]] = {}
+        for step in reversed(block):
+            if isinstance(step, Decide):
+                own = self.index[step.decision.name]
+                for inside in step.branches.values():
+                    found |= self._runs(inside, behind)
+                behind = found[own] = (own,) if step.branches else (own, *behind)
+            elif isinstance(step, Listing):
+                behind = ()
+                for entry in step.entries:
+                    for part in (*(count.block for count, _ in entry.guards), entry.block):
+                        found |= self._runs(part, ())
+        return found
 
     def setting(self, program: Program, point: Mapping[str, Value]) -> Setting:
         """Its own active decisions at a point, as indices into `decisions` with values."""
