@@ -171,27 +171,28 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
     `train_memory` is weights, gradients and Adam's two moments in float32, with all activations saved for the backward
     pass.
     """
-    found = sum_of_parts
+    depth, params, active, embedding, flops, backward, pointwise, traffic, saved, *rest = sum_of_parts
+    decode_flops, decode_traffic, state, state_token, peak = rest
     # Sums that come out of an array are floats.
-    params = int(found.params)
+    params, state = int(params), int(state)
     weights = params * work.element_bytes
     return {
-        "depth": int(found.depth),
+        "depth": int(depth),
         "params": params,
-        "active_params": round(found.active_params),
-        "embedding_params": int(found.embedding_params),
+        "active_params": round(active),
+        "embedding_params": int(embedding),
         "weights": weights,
-        "flops": found.flops,
-        "train_flops": found.flops + found.backward_flops,
-        "decode_flops": found.decode_flops,
-        "pointwise": found.pointwise,
-        "traffic": found.traffic,
-        "decode_traffic": found.decode_traffic,
-        "state": int(found.state),
-        "state_token": int(found.state_token),
-        "activations": found.peak,
-        "memory": weights + found.state + found.peak,
-        "train_memory": 4 * 4 * params + found.saved + found.peak,
+        "flops": flops,
+        "train_flops": flops + backward,
+        "decode_flops": decode_flops,
+        "pointwise": pointwise,
+        "traffic": traffic,
+        "decode_traffic": decode_traffic,
+        "state": state,
+        "state_token": int(state_token),
+        "activations": peak,
+        "memory": weights + state + peak,
+        "train_memory": 4 * 4 * params + saved + peak,
     }
 
 

@@ -64,45 +64,50 @@ Extra = Callable[[Place], float]
 
 
 class Rows:
-    """Rows of numbers that become more: `values` is `[rows, columns]`, of which the first `count` are in use."""
+    """Rows of numbers that become more: `values` is `[rows, columns]`; as many are in use as there are `peaks`.
+
+    peaks: the column `PEAK` once more, as a list.
+    """
 
     def __init__(self, columns: int) -> None:
         self.values: Floats = np.zeros((256, columns))
-        self.count = 0
+        self.peaks: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.peaks)
 
     def append(self, row: Sequence[float]) -> int:
         """Where the row stands."""
-        if self.count == len(self.values):
+        if len(self) == len(self.values):
             self.values = np.concatenate([self.values, np.zeros_like(self.values)])
-        self.values[self.count] = row
-        self.count += 1
-        return self.count - 1
+        self.values[len(self)] = row
+        self.peaks.append(row[PEAK])
+        return len(self) - 1
 
 
 class _Node:
-    """Decisions of a layer that are asked one after the other whatever their values, and what follows for their values.
+    """Decisions of a layer that are asked whatever the values of each other are, and what follows for their values.
 
-    slot: the first of these decisions; -1 behind the last, where a row stands if it was counted.
+    slots: these decisions; none behind the last, where a row stands if it was counted.
     """
 
-    __slots__ = ("following", "row", "slot")
+    __slots__ = ("following", "row", "slots")
 
     def __init__(self) -> None:
-        self.slot = -1
+        self.slots: tuple[int, ...] = ()
         self.following: dict[Any, _Node] = {}
         self.row = -1
 
 
-class _Readers(dict[int, Callable[[Mapping[str, Value]], Any]]):
-    """For each slot of a node of a layer, what takes the values of the node's decisions out of a point."""
+class _Readers(dict[tuple[int, ...], Callable[[Mapping[str, Value]], Any]]):
+    """For the slots of a node of a layer, what takes the values of these decisions out of a point."""
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
         self.unit = unit
 
-    def __missing__(self, slot: int) -> Callable[[Mapping[str, Value]], Any]:
-        names = [self.unit.decisions[other].name for other in self.unit.runs[slot]]
-        reader = self[slot] = itemgetter(*names)
+    def __missing__(self, slots: tuple[int, ...]) -> Callable[[Mapping[str, Value]], Any]:
+        reader = self[slots] = itemgetter(*(self.unit.decisions[slot].name for slot in slots))
         return reader
 
 
@@ -190,7 +195,7 @@ class CostTable:
         """All analytic figures of a normalised point; None for combinations that are invalid across fields."""
         if not self.separable:
             return self._counted(point)
-        if self._rows.count > MAX_ROWS:
+        if len(self._rows) > MAX_ROWS:
             self._forget()
         layout = self._layouts.get(tuple(map(point.get, self._outside, self._firsts))) or self.layout(point)
         rows = self.rows(point, layout)
@@ -202,10 +207,8 @@ class CostTable:
             order += before
             order += rows[start:stop]
         order += frame[-1]
-        found = self._rows.values.take(order, axis=0)
-        total = np.add.reduce(found)
-        total[PEAK] = np.maximum.reduce(found[:, PEAK])
-        values = total.tolist()
+        values = np.add.reduce(self._rows.values.take(order, axis=0)).tolist()
+        values[PEAK] = max(map(self._rows.peaks.__getitem__, order))
         counted = figures(Tally._make(values[:TALLY]), layout.surroundings.work)
         counted.update(zip(self.extras, values[TALLY:]))
         return counted
@@ -235,8 +238,8 @@ class CostTable:
             found: list[int] = []
             try:
                 for readers, node in layout.tracks:
-                    while (slot := node.slot) >= 0:
-                        node = node.following[readers[slot](point)]
+                    while slots := node.slots:
+                        node = node.following[readers[slots](point)]
                     found.append(node.row)
             except KeyError:
                 found.append(-1)
@@ -354,13 +357,8 @@ class CostTable:
     def row(self, unit: Unit, setting: Setting, point: Mapping[str, Value], layout: Layout) -> int:
         """Where it stands what a layer adds under a setting of its own decisions, the others as at the point."""
         node = self._root(unit, point, layout.surroundings)
-        values = dict(setting)
-        rest = [slot for slot, _ in setting]
-        while rest:
-            node.slot = rest[0]
-            run = unit.runs[node.slot]
-            node = node.following.setdefault(itemgetter(*run)(values), _Node())
-            rest = rest[len(run) :]
+        for node.slots, values in unit.steps(setting):
+            node = node.following.setdefault(values, _Node())
         if node.row < 0:
             node.row = self._single(unit, setting, point, layout.surroundings)
         return node.row
