@@ -2,9 +2,9 @@
 
     python -m bench.bench_latency --json bench/results/latency.json [--models 100]
 
-Calibrates the CPU with one thread unless it is calibrated, draws models from every shipped space, at random with lengths
-from 128 to 2,048 and batches of 1 and 8, and times each. Then for a bound on the 0.9 quantile of latency: of 20 models
-that the predictor lets pass, those closest to the bound, how many measure below it.
+Calibrates the CPU with one thread unless it is calibrated, draws models from every shipped space, at random with
+lengths from 128 to 2,048 and batches of 1 and 8, and times each. Then for a bound on the 0.9 quantile of latency: of 20
+models that the predictor lets pass, those closest to the bound, how many measure below it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def compared(found: list[tuple[str, LatencyFigure, float]], phase: Phase) -> lis
     values = {
         "mean absolute error": float(np.abs(errors).mean()),
         "share within 10%": float((np.abs(errors) <= 0.1).mean()),
-        "Spearman": float(spearmanr(predicted, measured)[0]),
+        "Spearman": float(np.asarray(spearmanr(predicted, measured).statistic)),
         "coverage of 90% intervals, at least": float(inside.mean()),
         "coverage of 90% intervals, at most": float(inside.mean()),
     }

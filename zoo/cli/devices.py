@@ -93,7 +93,7 @@ def calibrate_device(
     pool = None if space is None else _drawn_from(space, dtype)
     with _progress() as tell:
         try:
-            found = calibrate(
+            predictor = calibrate(
                 DeviceStopwatch(place),
                 probe(place),
                 log,
@@ -105,27 +105,19 @@ def calibrate_device(
             )
         except KeyboardInterrupt:
             raise ZooError(f"interrupted; the same command goes on, what was timed is in {log}") from None
-    found.save(path)
+    predictor.save(path)
     log.unlink(missing_ok=True)
     facts = {
-        phase: {
-            "samples": len(regression.errors),
-            "error": regression.error,
-            "interval": found.interval(phase),
-        }
-        for phase, regression in found.regressions.items()
+        phase: {"samples": len(found.errors), "error": found.error, "interval": predictor.interval(phase)}
+        for phase, found in predictor.regressions.items()
     }
     if as_json:
-        print_json({"file": str(path), "device": str(place), "made": dict(found.made), "phases": facts})
+        print_json({"file": str(path), "device": str(place), "made": dict(predictor.made), "phases": facts})
         return
     rows = [
-        (
-            phase,
-            str(fact["samples"]),
-            f"{fact['error']:.1%}",
-            f"{found.interval(phase)[0] - 1:+.0%} to {found.interval(phase)[1] - 1:+.0%}",
-        )
-        for phase, fact in facts.items()
+        (phase, str(len(found.errors)), f"{found.error:.1%}", f"{low - 1:+.0%} to {high - 1:+.0%}")
+        for phase, found in predictor.regressions.items()
+        for low, high in [predictor.interval(phase)]
     ]
     title = f"{place}: error on models that the fit has not seen"
     print_table(title, ("phase", "models", "mean error", "90% of them within"), rows, right=(1, 2))
