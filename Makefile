@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: setup demo test kernels kernels-static lint types bench clean
+.PHONY: setup demo test kernels kernels-oldest kernels-newest kernels-static lint types bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,15 @@ test: setup
 
 kernels: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
+
+# The oldest and the newest torch and Triton, each in an environment of its own. The interpreter of Triton 3.6 does not
+# know numpy 2.4.
+kernels-oldest: ENDS := torch==2.11.0 triton==3.6.0 'numpy<2.4'
+kernels-newest: ENDS := torch triton numpy
+kernels-oldest kernels-newest: kernels-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade $(ENDS) --editable '.[test]'
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal tests/kernels
 
 kernels-static: setup
 	$(BIN)/python -m bench.kernels_static
