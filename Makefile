@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: setup demo test kernels kernels-oldest kernels-newest kernels-static lint types bench clean
+.PHONY: setup demo test kernels kernels-oldest kernels-newest kernels-static rivals lint types bench clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,15 @@ kernels-oldest kernels-newest: kernels-%:
 kernels-static: setup
 	$(BIN)/python -m bench.kernels_static
 
+# What bench.gpu compares with, in a folder to carry to a machine with a GPU: PYTHONPATH=rivals. Of mamba_ssm the Triton
+# path, without its CUDA extension, which the package would import.
+rivals: setup
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target rivals fla-core einops liger-kernel
+	$(BIN)/python -m pip install --quiet setuptools wheel packaging
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install --quiet --upgrade --no-deps \
+		--no-build-isolation --no-binary mamba-ssm --target rivals mamba-ssm packaging
+	: > rivals/mamba_ssm/__init__.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +66,5 @@ bench: setup
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest rivals build dist runs .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

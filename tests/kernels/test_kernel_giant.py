@@ -96,7 +96,7 @@ class Giant:
     """The shape of a row, by argument."""
     rest: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float16
-    programs: int = 8
+    programs: int = 2
     backward: bool = True
 
     def __str__(self) -> str:
