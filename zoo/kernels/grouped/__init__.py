@@ -120,6 +120,7 @@ def grouped_matmul(
     checks.rank(name, "x", x, "rows, input_width")
     checks.rank(name, "offsets", offsets, "groups + 1")
     checks.integers(name, "offsets", offsets)
+    checks.is_tensor(name, "weight", weight)
     if weight.dim() == 2:
         axes = "output_width, input_width"
         checks.shape(name, "weight", weight, axes, (weight.shape[0], x.shape[1]))
@@ -131,7 +132,6 @@ def grouped_matmul(
     if source is not None:
         checks.rank(name, "source", source, "rows")
         checks.integers(name, "source", source)
-        _same_device(name, "source", source, x)
     groups, rows = offsets.shape[0] - 1, (x if source is None else source).shape[0]
     if groups < 1 and not (groups == 0 and rows == 0):
         checks.fail(name, f"offsets has shape {list(offsets.shape)}, no group for {rows} rows")
@@ -141,9 +141,9 @@ def grouped_matmul(
         if widths is not None:
             checks.integers(name, parameter, widths)
             checks.shape(name, parameter, widths, "groups", (groups,))
-            _same_device(name, parameter, widths, x)
-    _same_device(name, "weight", weight, x)
-    _same_device(name, "offsets", offsets, x)
+    checks.one_device(
+        name, x=x, weight=weight, offsets=offsets, source=source, output_widths=output_widths, input_widths=input_widths
+    )
     x, weight = _one_dtype(name, x, weight)
     call = Call(x.device.type, x.dtype, {"groups": groups})
     return _GROUPED_MATMUL.select(call)(x, weight, offsets, output_widths, input_widths, source)
@@ -175,8 +175,7 @@ def route(scores: Tensor, top_k: int) -> Routing:
     `choices`.
     """
     checks.rank("route", "scores", scores, "rows, choices")
-    if not scores.is_floating_point():
-        checks.fail("route", f"scores has dtype {scores.dtype}, expected a floating-point dtype")
+    checks.floats("route", scores=scores)
     choices = scores.shape[1]
     if not 1 <= top_k <= choices:
         checks.fail("route", f"top_k is {top_k}, expected 1 to the number of choices, {choices}")
@@ -196,24 +195,20 @@ def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
     name = "block_diagonal_matmul"
     checks.rank(name, "weight", weight, "blocks, input_width, output_width")
     blocks, input_width, _ = weight.shape
+    checks.is_tensor(name, "x", x)
     if x.dim() == 0 or x.shape[-1] != blocks * input_width:
         expected = f"[..., blocks * input_width] = [..., {blocks * input_width}]"
         checks.fail(name, f"x has shape {list(x.shape)}, expected {expected} for weight {list(weight.shape)}")
-    _same_device(name, "weight", weight, x)
+    checks.one_device(name, x=x, weight=weight)
     x, weight = _one_dtype(name, x, weight)
     return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight)
 
 
-def _same_device(name: str, parameter: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        checks.fail(name, f"{parameter} is on {tensor.device}, x on {x.device}; expected one device")
-
-
 def _one_dtype(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both operands as autocast wants them, else as they are."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := checks.autocast_dtype(x.device.type)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
-    if weight.dtype != x.dtype or not x.is_floating_point():
-        checks.fail(name, f"x has dtype {x.dtype} and weight {weight.dtype}, expected one floating-point dtype")
+    checks.floats(name, x=x, weight=weight)
+    if weight.dtype != x.dtype:
+        checks.fail(name, f"x has dtype {x.dtype} and weight {weight.dtype}, expected one dtype")
     return x, weight
