@@ -191,7 +191,40 @@ def _print_results(results: Any) -> None:
     ]
     if rows:
         print_table("front", ("trial", *figures, "baseline"), rows, right=range(1, len(figures) + 1))
+    for name, origin in results.data.get("latency", {}).items():
+        if origin["kind"] != "measured":
+            console().print(f"{name}: {origin['text']}")
+    finalists = results.data["finalists"]
+    if finalists:
+        _print_finalists(finalists)
     mixing = results.data.get("mixing")
     if mixing:
         console().print(mixing["sentence"])
     console().print(f"{results.message}\nreport: {results.folder / 'report.html'}")
+
+
+def _print_finalists(finalists: dict[str, Any]) -> None:
+    """What was predicted against what was measured."""
+    from zoo.cli.output import print_table
+    from zoo.quantity import format_quantity
+    from zoo.search.finalists import interval
+
+    def time_of(seconds: float | None) -> str:
+        return "" if seconds is None else format_quantity(seconds, "time")
+
+    rows = [
+        (
+            str(row["number"]),
+            row["figure"],
+            time_of(row["predicted"]),
+            interval(row["low"], row["high"]),
+            time_of(row["measured"]),
+            row["reason"] or ("inside" if row["inside"] else "outside"),
+            {True: "met", False: "missed", None: ""}[row["meets"]],
+        )
+        for row in finalists["rows"]
+    ]
+    columns = ("trial", "figure", "predicted", "90% interval", "measured", "interval", "budget")
+    print_table("finalists", columns, rows, right=(0, 2, 3, 4))
+    for figure in finalists["figures"]:
+        console().print(figure["sentence"])
