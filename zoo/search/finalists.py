@@ -148,10 +148,9 @@ def _sentence(found: dict[str, Any], term: Term | None) -> str:
     count = found["measured"]
     if not count:
         return f"No finalist could be measured for {found['figure']}."
-    share = found["inside"] / count
     said = (
-        f"{found['inside']} of {count} finalists ({share:.0%}) measured {found['figure']} inside the 90% interval of its "
-        f"prediction, which was off by {found['error']:.1%} on average"
+        f"{found['inside']} of {count} finalists ({found['inside'] / count:.0%}) measured {found['figure']} inside the "
+        f"90% interval of its prediction, which was off by {found['error']:.1%} on average"
     )
     return f"{said}; {found['meets']} of {count} meet {term.describe()}." if term is not None else f"{said}."
 

@@ -1,6 +1,7 @@
 """What a search leaves behind: results.json, the best and the front as specs, and a report to look at.
 
-All of it follows from the study and the measured finalists alone, so it can be written anew at any time; each file is whole or the one before.
+All of it follows from the study and the measured finalists alone, so it can be written anew at any time; each file is
+whole or the one before.
 """
 
 from __future__ import annotations

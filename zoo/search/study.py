@@ -61,10 +61,10 @@ class SearchSettings:
 
     space: a file, a shipped name, or the space itself. trials: candidates to train in all, those of earlier sessions
     included. storage: an Optuna storage URL in place of a journal in `out`. fresh: replace a search that is there.
-    timeout: seconds after which this session starts no further candidate. latency: whether latencies on this machine are
-    measured, or predicted from its calibration and measured for the finalists at the end. device: where latencies that
-    name no device hold. train: how candidates are trained; needed unless an evaluator is given. command: as the report shows
-    it.
+    timeout: seconds after which this session starts no further candidate. latency: whether latencies on this machine
+    are measured, or predicted from its calibration and measured for the finalists at the end. device: where latencies
+    that name no device hold. train: how candidates are trained; needed unless an evaluator is given. command: as the
+    report shows it.
     """
 
     space: str | Path | Space
@@ -154,10 +154,10 @@ def run_search(
 ) -> Results:
     """Search until `trials` candidates are trained, the space is exhausted, or Ctrl-C; then say what was found.
 
-    `latency` tells who knows the latencies of a device, by default what `settings.latency` says; `measured` who measures
-    the finalists of a search that predicts. Raises `ZooError` for settings
-    that do not fit each other, a budget that nothing meets, and a run folder of another search; once the first
-    candidate is on its way, nothing that was found is lost, whatever happens.
+    `latency` tells who knows the latencies of a device, by default what `settings.latency` says; `measured` who
+    measures the finalists of a search that predicts. Raises `ZooError` for settings that do not fit each other, a
+    budget that nothing meets, and a run folder of another search; once the first candidate is on its way, nothing that
+    was found is lost, whatever happens.
     """
     return _Search(settings, evaluator, progress or SearchListener(), latency, measured).run()
 
