@@ -212,19 +212,19 @@ def _print_finalists(finalists: dict[str, Any]) -> None:
     def time_of(seconds: float | None) -> str:
         return "" if seconds is None else format_quantity(seconds, "time")
 
-    rows = [
-        (
-            str(row["number"]),
-            row["figure"],
-            time_of(row["predicted"]),
-            interval(row["low"], row["high"]),
-            time_of(row["measured"]),
-            row["reason"] or ("inside" if row["inside"] else "outside"),
-            {True: "met", False: "missed", None: ""}[row["meets"]],
-        )
-        for row in finalists["rows"]
-    ]
-    columns = ("trial", "figure", "predicted", "90% interval", "measured", "interval", "budget")
-    print_table("finalists", columns, rows, right=(0, 2, 3, 4))
+    columns = ("trial", "predicted", "90% interval", "measured", "interval", "budget")
     for figure in finalists["figures"]:
+        rows = [
+            (
+                str(row["number"]),
+                time_of(row["predicted"]),
+                interval(row["low"], row["high"]),
+                time_of(row["measured"]),
+                row["reason"] or ("inside" if row["inside"] else "outside"),
+                {True: "met", False: "missed", None: ""}[row["meets"]],
+            )
+            for row in finalists["rows"]
+            if row["figure"] == figure["figure"]
+        ]
+        print_table(f"finalists, {figure['figure']}", columns, rows, right=range(4))
         console().print(figure["sentence"])
