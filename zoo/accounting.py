@@ -7,7 +7,8 @@ A `Tally` holds what adds up over the parts of a model. A search adds the tallie
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
@@ -57,8 +58,7 @@ class Workload:
         return Call(self.batch, 1, self.past, self.element_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(NamedTuple):
     """What a part of a model holds and takes under one workload; tallies of parts that follow each other add up.
 
     `depth` counts layers and `params` parameters; everything from `flops` on is in FLOPs or bytes as in
@@ -82,11 +82,9 @@ class Tally:
     state_token: int = 0
     peak: float = 0.0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            *(mine + theirs for mine, theirs in zip(astuple(self)[:-1], astuple(other)[:-1], strict=True)),
-            peak=max(self.peak, other.peak),
-        )
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
+        """What both hold and take; of the peaks the larger counts."""
+        return Tally._make([*map(add, self[:-1], other[:-1]), max(self.peak, other.peak)])
 
 
 def tally(component: Component, scope: Scope, work: Workload, tokens: Call, token: Call) -> Tally:
@@ -173,25 +171,28 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
     `train_memory` is weights, gradients and Adam's two moments in float32, with all activations saved for the backward
     pass.
     """
-    found = sum_of_parts
-    weights = found.params * work.element_bytes
+    depth, params, active, embedding, flops, backward, pointwise, traffic, saved, *rest = sum_of_parts
+    decode_flops, decode_traffic, state, state_token, peak = rest
+    # Sums that come out of an array are floats.
+    params, state = int(params), int(state)
+    weights = params * work.element_bytes
     return {
-        "depth": found.depth,
-        "params": found.params,
-        "active_params": round(found.active_params),
-        "embedding_params": found.embedding_params,
+        "depth": int(depth),
+        "params": params,
+        "active_params": round(active),
+        "embedding_params": int(embedding),
         "weights": weights,
-        "flops": found.flops,
-        "train_flops": found.flops + found.backward_flops,
-        "decode_flops": found.decode_flops,
-        "pointwise": found.pointwise,
-        "traffic": found.traffic,
-        "decode_traffic": found.decode_traffic,
-        "state": found.state,
-        "state_token": found.state_token,
-        "activations": found.peak,
-        "memory": weights + found.state + found.peak,
-        "train_memory": 4 * 4 * found.params + found.saved + found.peak,
+        "flops": flops,
+        "train_flops": flops + backward,
+        "decode_flops": decode_flops,
+        "pointwise": pointwise,
+        "traffic": traffic,
+        "decode_traffic": decode_traffic,
+        "state": state,
+        "state_token": int(state_token),
+        "activations": peak,
+        "memory": weights + state + peak,
+        "train_memory": 4 * 4 * params + saved + peak,
     }
 
 

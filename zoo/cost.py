@@ -6,6 +6,7 @@ arithmetic outside matrix products is kept apart in `pointwise`. Nothing here im
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -123,6 +124,13 @@ class Cost:
 
 
 FREE = Cost()
+
+
+def of_one_input(costs: Iterable[Cost], kept: float) -> Cost:
+    """Pieces that all read the same `kept` bytes, each of which counts them as saved: they are there once."""
+    found = list(costs)
+    total = sum(found, FREE)
+    return replace(total, saved=total.saved - max(0, len(found) - 1) * kept)
 
 
 def elementwise(

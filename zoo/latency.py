@@ -143,6 +143,36 @@ def pinned_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
+"""Parameters of glibc's `mallopt`."""
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let glibc keep freed memory inside the block, and give it back behind it; elsewhere nothing changes.
+
+    By default the C library returns large tensors to the system and asks for them anew, depending on what the process
+    did before. Page faults then take up to half of a model's time, on virtual machines more, and times of the same
+    model differ by as much.
+    """
+    import ctypes
+
+    try:
+        library = ctypes.CDLL(None)
+        adjust, trim = library.mallopt, library.malloc_trim
+    except (OSError, AttributeError, TypeError):
+        yield
+        return
+    adjust(_MMAP_MAX, 0)
+    adjust(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        adjust(_MMAP_MAX, 65536)
+        adjust(_TRIM_THRESHOLD, 2**26)
+        trim(0)
+
+
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
@@ -262,12 +292,13 @@ class MeasuredLatency(Generic[SpecT]):
         import torch
 
         model = self._build(spec).to(device=torch.device(self.device.name), dtype=getattr(torch, context.dtype)).eval()
-        with torch.inference_mode(), pinned_threads(self.device.threads):
-            if phase == "forward":
-                case = model.forward_case(context.batch, context.seq)
-            else:
-                case = model.decode_case(context.batch, context.past)
-        return measure({phase: case}, device=self.device, **self._options)[phase]
+        with kept_memory():
+            with torch.inference_mode(), pinned_threads(self.device.threads):
+                if phase == "forward":
+                    case = model.forward_case(context.batch, context.seq)
+                else:
+                    case = model.decode_case(context.batch, context.past)
+            return measure({phase: case}, device=self.device, **self._options)[phase]
 
 
 CacheKey = tuple[str, str, str]

@@ -73,7 +73,8 @@ class Layer(Component):
         return found | {"residual": Child(self.residual, inner.at(branches=self.branches))}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return self.children_cost(scope, call).holding(2.0 * call.rows * scope.width * call.element_bytes)
+        # The streams in front of the body, of the layer and of its second branch, and the norm's output.
+        return self.children_cost(scope, call).holding(4.0 * call.rows * scope.width * call.element_bytes)
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None

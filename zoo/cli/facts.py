@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli.bounds import mesh_facts
 from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, shown
 from zoo.errors import ZooError, did_you_mean
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from zoo.accounting import Tally, Workload
     from zoo.blocks.model import Spec
+    from zoo.cli.bounds import Drawing, OnMesh
     from zoo.component import Component
     from zoo.errors import Problem
     from zoo.hardware.roofline import Bounded
@@ -237,8 +239,13 @@ def print_cost(
     device: str | None,
     bound_by: str | None,
     as_json: bool,
+    drawing: Drawing | None,
+    mesh: OnMesh | None,
 ) -> None:
-    """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least."""
+    """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least.
+
+    With a drawing also the roofline as a picture, and with a mesh the least times on that.
+    """
     from zoo.accounting import Workload, figures, parts
     from zoo.spec.document import load
 
@@ -248,10 +255,13 @@ def print_cost(
     total = figures(_sum(tally for _, _, tally in tallies), work)
     measured = {} if device is None else dict(_measured(spec, work, device))
     least = {} if bound_by is None else _rooflines(spec, work, bound_by)
+    meshes = {} if mesh is None else mesh.costs(spec, work)
+    picture = "" if drawing is None else drawing.draw(spec, work)
     if as_json:
         rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
         facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
-        print_json({**facts, "roofline": {phase: _bounds(parts) for phase, parts in least.items()}})
+        bounds = {"roofline": {phase: _bounds(parts) for phase, parts in least.items()}, "mesh": mesh_facts(meshes)}
+        print_json({**facts, **bounds})
         return
     if layers:
         columns = ("params", "flops", "traffic", "state", "activations")
@@ -276,6 +286,10 @@ def print_cost(
         ]
         title = f"at least, on {bound_by} (roofline: a bound, not a forecast)"
         print_table(title, ("", "in all", *(f"bound by {name}" for name in BOUNDS)), times, right=(1, 2, 3, 4))
+    if picture:
+        print(picture)
+    if mesh is not None:
+        mesh.show(meshes)
     if measured:
         from zoo.quantity import format_quantity
 

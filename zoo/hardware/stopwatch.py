@@ -11,7 +11,7 @@ import torch
 from zoo.device import Device
 from zoo.hardware.features import Phase
 from zoo.hardware.samples import Sample
-from zoo.latency import Case, Clock, measure, pinned_threads
+from zoo.latency import Case, Clock, kept_memory, measure, pinned_threads
 from zoo.model import build
 
 REPEATS = 6
@@ -44,6 +44,10 @@ class DeviceStopwatch:
         self._sentinel: Case = lambda: (a @ b).exp_()
 
     def seconds(self, samples: Sequence[Sample]) -> tuple[list[Seconds], float]:
+        with kept_memory():
+            return self._seconds(samples)
+
+    def _seconds(self, samples: Sequence[Sample]) -> tuple[list[Seconds], float]:
         cases: dict[str, Case] = {"sentinel": self._sentinel}
         with torch.inference_mode(), pinned_threads(self.device.threads):
             for number, sample in enumerate(samples):

@@ -33,7 +33,7 @@ from zoo.quantity import format_quantity
 from zoo.search.budget import Budget, Term
 from zoo.search.options import Floats, Options
 from zoo.search.program import Decision, Point, Setting, Unit, Value
-from zoo.search.table import CostTable, alternatives, linear
+from zoo.search.table import CostTable, alternatives
 
 if TYPE_CHECKING:
     from zoo.search.space import Space
@@ -391,12 +391,12 @@ class Repair:
             base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
             for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
                 frame = table.frame(point)
-                if not frame:
+                if frame is None:
                     return base, floor
-                rows = [row for before in frame for row in before]
-                weights, peak = linear(term.metric, table.layout(point).surroundings.work)
-                base[number] = sum(float(weights @ np.array(row.sums)) for row in rows)
-                floor[number] = peak * max((row.peak for row in rows), default=0.0)
+                sums, peaks = frame
+                weights, peak = table.linear(term.metric, table.layout(point).surroundings.work)
+                base[number] = (sums @ weights).sum()
+                floor[number] = peak * peaks.max(initial=0.0)
             board.frames[key] = base, floor
         return board.frames[key]
 
@@ -407,7 +407,7 @@ class Repair:
             peaks = np.zeros_like(values)
             for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
                 layout = table.layout(point)
-                weights, peak = linear(term.metric, layout.surroundings.work)
+                weights, peak = table.linear(term.metric, layout.surroundings.work)
                 theirs = options if table is self._first else table.options(unit, point, layout)
                 values[:, number] = theirs.sums @ weights
                 peaks[:, number] = theirs.peaks * peak
