@@ -320,6 +320,9 @@ def search(
     ] = "loss",
     sampler: Annotated[str, typer.Option(help="evolution, tpe, nsga2, gp or random.")] = "evolution",
     pruner: Annotated[str, typer.Option(help="none, median or halving; for one objective.")] = "none",
+    latency: Annotated[
+        str, typer.Option(help="measured, or predicted from `zoo device calibrate` and measured for the finalists.")
+    ] = "measured",
     storage: Annotated[
         str | None, typer.Option(help="An Optuna storage URL; by default one file in the run's folder.")
     ] = None,
@@ -360,6 +363,7 @@ def search(
         "objective": objective,
         "sampler": sampler,
         "pruner": pruner,
+        "latency": latency,
         "storage": storage,
         "fresh": fresh,
         "device": device,

@@ -1,4 +1,4 @@
-"""Figures of candidates before they are trained: counted from tables, or measured on a device."""
+"""Figures of candidates before they are trained: counted from tables, or told by whoever knows a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.accounting import Workload, metrics
-from zoo.latency import Context, LatencySource
+from zoo.latency import Context, LatencyFigure, LatencySource
 from zoo.search.budget import Budget, Term, TermContext
 from zoo.search.objective import Objective
 from zoo.search.repair import Repair, workload
@@ -34,6 +34,14 @@ def latency_context(term: Term, spec: Spec) -> Context:
         past=spec.context if context.past is None else context.past,
         dtype=context.dtype or "float32",
     )
+
+
+def told(source: LatencySource, spec: Spec, term: Term, quantile: float | None = None) -> LatencyFigure:
+    """What a source says of a spec under a term, at a quantile that is not the term's if given."""
+    phase = "decode" if term.metric == "decode" else "forward"
+    if quantile is None:
+        quantile = 0.5 if term.context.quantile is None else term.context.quantile
+    return source.latency(spec, latency_context(term, spec), phase, quantile)
 
 
 def label(term: Term) -> str:
@@ -95,10 +103,11 @@ class Meter:
 
     def latency(self, spec: Spec, term: Term) -> float:
         """Seconds that a term speaks of, for a spec."""
-        source = self._sources(term.device or self.device)
-        phase = "decode" if term.metric == "decode" else "forward"
-        quantile = 0.5 if term.context.quantile is None else term.context.quantile
-        return source.latency(spec, latency_context(term, spec), phase, quantile).seconds
+        return told(self.source(term), spec, term).seconds
+
+    def source(self, term: Term) -> LatencySource:
+        """Who tells the latency that a term speaks of."""
+        return self._sources(term.device or self.device)
 
     def fit(
         self,
@@ -136,11 +145,11 @@ class Meter:
                     point,
                     spec,
                     measured,
-                    f"took {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}",
+                    f"takes {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}",
                     tried[:-1],
                 )
             term, seconds = max(over, key=lambda found: found[1] / found[0].high)
-            slowest = slowest or f"took {seconds * 1e3:.3g}ms where the budget says {term.describe()}"
+            slowest = slowest or f"takes {seconds * 1e3:.3g}ms where the budget says {term.describe()}"
             for late, took in over:
                 proxy = self.proxy(late, 1.0)
                 work = workload(proxy)
@@ -171,10 +180,7 @@ def resolved(budget: Budget, sources: Callable[[str], LatencySource], device: st
 
         spec = load(name)
         if term.needs_measurement:
-            source = sources(term.device or device)
-            phase = "decode" if term.metric == "decode" else "forward"
-            quantile = 0.5 if term.context.quantile is None else term.context.quantile
-            return source.latency(spec, latency_context(term, spec), phase, quantile).seconds
+            return told(sources(term.device or device), spec, term).seconds
         return float(metrics(spec, workload(term))[term.metric])
 
     return budget.resolve(lookup)
