@@ -31,6 +31,7 @@ HOMES: Mapping[str, str] = {
     "grouped_matmul": "grouped",
     "block_diagonal_matmul": "grouped",
     "route": "grouped",
+    "subset_matmul": "grouped",
     "rms_norm": "pointwise",
     "layer_norm": "pointwise",
     "rotary": "pointwise",

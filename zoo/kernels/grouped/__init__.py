@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels import checks, launch
 from zoo.kernels.dispatch import Call, Implementation, Primitive
-from zoo.kernels.grouped import reference, torch_path
+from zoo.kernels.grouped import reference, subset_path, torch_path
 
 MOST_CHOICES = 1024
 """Most choices of which the kernel holds a row in registers."""
@@ -78,7 +78,23 @@ _ROUTE = Primitive(
         Implementation("reference", reference.route),
     ),
 )
-PRIMITIVES = (_GROUPED_MATMUL, _BLOCK_DIAGONAL, _ROUTE)
+
+
+def _subset_matmul_kernel(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) -> Tensor:
+    from zoo.kernels.grouped import triton_path
+
+    return triton_path.subset_matmul(x, weight, subsets, transposed)
+
+
+_SUBSET_MATMUL = Primitive(
+    "subset_matmul",
+    (
+        Implementation("triton", _subset_matmul_kernel, launch.refusal),
+        Implementation("torch", subset_path.subset_matmul),
+        Implementation("reference", reference.subset_matmul),
+    ),
+)
+PRIMITIVES = (_GROUPED_MATMUL, _BLOCK_DIAGONAL, _ROUTE, _SUBSET_MATMUL)
 
 
 def grouped_matmul(
@@ -181,6 +197,60 @@ def route(scores: Tensor, top_k: int) -> Routing:
         checks.fail("route", f"top_k is {top_k}, expected 1 to the number of choices, {choices}")
     call = Call(scores.device.type, scores.dtype, {"choices": choices})
     return Routing(*_ROUTE.select(call)(scores.detach(), top_k))
+
+
+def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, *, transposed: bool = False) -> Tensor:
+    """Each row meets the blocks of a weight that it takes: routed sub-dimensions.
+
+    With `weight` `[blocks, output_width, input_width]` and the blocks `subsets` `[rows, taken]` of each row `r`
+
+        y_r = sum_j weight[subsets_rj] x_rj         x [rows, taken, input_width], y [rows, output_width]
+        y_rj = weight[subsets_rj]^T x_r             x [rows, output_width], y [rows, taken, input_width], if transposed
+
+    Args:
+        x: as above.
+        weight: `[blocks, output_width, input_width]`.
+        subsets: integers `[rows, taken]`, from 0 to `blocks - 1`, in any order. Rows that take the same blocks in the
+            same order should adjoin (`sort_by_subset`); on the CPU they are then one product.
+        transposed: whether a row is spread over the blocks that it takes, instead of gathered from them.
+
+    Differentiable once in `x` and `weight`; a block that no row takes has gradient zero. Under autocast both operands
+    are cast to its dtype.
+
+    `O(rows taken input_width output_width)`. Raises `ZooError` for shapes, dtypes and devices that do not fit, and for
+    blocks that do not exist where the host sees them. Source: Chen et al. 2024, Mixture of Hidden-Dimensions
+    Transformer.
+    """
+    name = "subset_matmul"
+    checks.rank(name, "weight", weight, "blocks, output_width, input_width")
+    checks.rank(name, "subsets", subsets, "rows, taken")
+    checks.integers(name, "subsets", subsets)
+    (rows, taken), (blocks, outputs, inputs) = subsets.shape, weight.shape
+    if transposed:
+        checks.shape(name, "x", x, "rows, output_width", (rows, outputs))
+    else:
+        checks.shape(name, "x", x, "rows, taken, input_width", (rows, taken, inputs))
+    if subsets.numel() and not blocks:
+        checks.fail(name, f"weight has shape {list(weight.shape)}, no block for {rows} rows")
+    _same_device(name, "weight", weight, x)
+    _same_device(name, "subsets", subsets, x)
+    x, weight = _one_dtype(name, x, weight)
+    call = Call(x.device.type, x.dtype, {"blocks": blocks})
+    return _SUBSET_MATMUL.select(call)(x, weight, subsets, transposed)
+
+
+def sort_by_subset(subsets: Tensor, blocks: int) -> Tensor:
+    """An order `[rows]` of the rows of `subsets` `[rows, taken]`, integers below `blocks`, in which equal ones adjoin.
+
+    Stable; subsets with the same beginning adjoin as well. `O(rows (taken + log rows))`.
+    """
+    checks.rank("sort_by_subset", "subsets", subsets, "rows, taken")
+    checks.integers("sort_by_subset", "subsets", subsets)
+    # Where numbers of so many digits overflow, unequal subsets may meet; equal ones still do.
+    key = torch.zeros_like(subsets[:, 0], dtype=torch.int64)
+    for column in subsets.unbind(1):
+        key = key * blocks + column
+    return key.sort(stable=True).indices
 
 
 def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
