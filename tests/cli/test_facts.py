@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.hardware.pretended import PROFILE, PretendedStopwatch
 from zoo.cli import main
+from zoo.hardware.calibrate import calibrate
 
 GOOD = "width: 64\nstem: {type: token, vocab: 256}\nbody: {layers: [{mixer: attention}]}\nhead: language_model\n"
 SPACE = GOOD.replace("mixer: attention", "mixer: {choice: [mamba2, attention]}")
@@ -184,6 +186,21 @@ def test_the_least_time_on_a_device_that_is_not_there(zoo: Runner) -> None:
     found = zoo("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16", "--json").json["roofline"]
     assert 4e-3 < found["decode"]["seconds"] < 8e-3 and found["decode"]["arithmetic"] == 0
     assert zoo("cost", "gpt2", "--roofline", "h10").err.startswith("error: unknown device 'h10'")
+
+
+def test_predicted_times_say_where_they_come_from(zoo: Runner, tmp_path: Path) -> None:
+    missing = zoo("cost", "tiny-bytes", "--predict", "--device", str(tmp_path / "none.json"))
+    assert missing.code == 2 and missing.err.startswith("error: cannot read")
+    made = tmp_path / "pretended.json"
+    stopwatch = PretendedStopwatch()
+    calibrate(stopwatch, PROFILE, tmp_path / "log", seconds=40, clock=stopwatch.clock).save(made)
+    ran = zoo("cost", "tiny-bytes", "--predict", "--device", str(made), "--layers")
+    assert ran.code == 0 and "predicted" in ran.out and "body.layers.0" in ran.out
+    times = zoo("cost", "tiny-bytes", "--predict", "--device", str(made), "--json").json["predicted"]
+    for phase in ("forward", "decode"):
+        whole, *parts = [time for time in times if time["phase"] == phase]
+        assert whole["path"] == "" and sum(part["seconds"] for part in parts) == pytest.approx(whole["seconds"])
+        assert whole["low"] <= whole["seconds"]
 
 
 def test_the_roofline_is_drawn_where_it_is_asked_for(zoo: Runner, tmp_path: Path) -> None:

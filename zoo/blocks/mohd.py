@@ -200,7 +200,7 @@ class MixtureOfHiddenDimensions(FeedForward):
         return (self._fused(module, y.view_as(rows)) if self.fusion else y).reshape(x.shape), None
 
     def _fused(self, module: Any, y: Tensor) -> Tensor:
-        """The sub-dimensions of `y` `[rows, width]` mixed, with the rows innermost: what they do is the same for all."""
+        """The sub-dimensions of `y` `[rows, width]` mixed, with the rows innermost: all are mixed alike."""
         import torch
 
         channels = y.t().contiguous().view(self.subdims, -1, len(y)).transpose(0, 1)

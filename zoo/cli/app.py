@@ -111,9 +111,15 @@ def cost(
     past: Past = None,
     dtype: Dtype = "float32",
     layers: Annotated[bool, typer.Option(help="A row for each part of the model.")] = False,
+    predict: Annotated[
+        bool, typer.Option(help="Also the time on --device that its calibration predicts; nothing is built.")
+    ] = False,
     measure: Annotated[bool, typer.Option(help="Also build the model and time it on --device.")] = False,
     device: Annotated[
-        str, typer.Option(help="For --measure cpu, cuda or cuda:N; for --mesh one of `zoo device list`, or a file.")
+        str,
+        typer.Option(
+            help="For --measure and --predict cpu, cuda or cuda:N; for --mesh one of `zoo device list`, or a file."
+        ),
     ] = "cpu",
     roofline: Annotated[
         str | None, typer.Option(help="Also the least time on a device, see `zoo device list`; nothing is built.")
@@ -139,7 +145,8 @@ def cost(
 
     drawing = Drawing.asked(roofline, picture, plain, svg, json)
     meshed = OnMesh.asked(device, mesh, weights, measure)
-    print_cost(spec, batch, seq, past, dtype, layers, device if measure else None, roofline, json, drawing, meshed)
+    measured_on, predicted_on = device if measure else None, device if predict else None
+    print_cost(spec, batch, seq, past, dtype, layers, measured_on, roofline, json, drawing, meshed, predicted_on)
 
 
 @app.command()

@@ -232,8 +232,7 @@ def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, *, transposed: boo
         checks.shape(name, "x", x, "rows, taken, input_width", (rows, taken, inputs))
     if subsets.numel() and not blocks:
         checks.fail(name, f"weight has shape {list(weight.shape)}, no block for {rows} rows")
-    _same_device(name, "weight", weight, x)
-    _same_device(name, "subsets", subsets, x)
+    checks.one_device(name, x=x, weight=weight, subsets=subsets)
     x, weight = _one_dtype(name, x, weight)
     call = Call(x.device.type, x.dtype, {"blocks": blocks})
     return _SUBSET_MATMUL.select(call)(x, weight, subsets, transposed)
