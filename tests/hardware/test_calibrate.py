@@ -23,7 +23,13 @@ from zoo.spec.document import load
 
 @pytest.fixture(autouse=True)
 def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POOL", 80)
+    monkeypatch.setattr(module, "POOL", 60)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """A calibration of the device that only pretends, without noise."""
+    return run(PretendedStopwatch(), tmp_path_factory.mktemp("exact"), 80)
 
 
 def run(stopwatch: PretendedStopwatch, folder: Path, seconds: float = 120, **options: Any) -> Predictor:
@@ -131,30 +137,31 @@ def test_too_little_time_says_so(tmp_path: Path) -> None:
 def test_a_prior_makes_ten_samples_a_start(tmp_path: Path) -> None:
     prior = run(PretendedStopwatch(), tmp_path / "prior", 200)
 
+    others = take(drawn(random.Random(9)), 40, lambda sample: 0.0, 1.0, set())
+
     def error(predictor: Predictor) -> float:
-        spec = load("gpt2")
-        figure = PredictedLatency(predictor).latency(spec, Context(1, 512, 512))
-        work = features(operators_of(spec, _work(Context(1, 512, 512)), "forward"))
-        return abs(figure.seconds / true_seconds(work) - 1)
+        """The mean relative error on models that no one has timed."""
+        counts = [sample.operators("forward") for sample in others]
+        return sum(abs(predictor.predict(one).seconds / true_seconds(features(one)) - 1) for one in counts) / len(
+            counts
+        )
 
     alone = run(PretendedStopwatch(noise=0.1), tmp_path / "alone", 12)
     helped = run(PretendedStopwatch(noise=0.1), tmp_path / "helped", 12, prior=prior)
     assert error(helped) < 0.1 < error(alone)
 
 
-def test_work_that_was_never_timed_is_not_free(tmp_path: Path) -> None:
-    predictor = run(PretendedStopwatch(), tmp_path, 60)
+def test_work_that_was_never_timed_is_not_free(exact: Predictor) -> None:
     known = Cost(kind="linear", flops=1e9, traffic=1e6)
     strange = Cost(kind="strange", flops=1e9, traffic=1e6)
-    alone, both = (predictor.predict(cost.operators) for cost in (known, known + strange))
+    alone, both = (exact.predict(cost.operators) for cost in (known, known + strange))
     assert both.unknown == ("strange",) and not alone.unknown
     assert both.seconds - alone.seconds >= 1e9 / PROFILE.peak["float32"]
     assert both.high - both.seconds > alone.high - alone.seconds + 2 * (both.seconds - alone.seconds)
 
 
-def test_a_space_with_parts_that_were_never_timed_warns_once(tmp_path: Path) -> None:
-    predictor = run(PretendedStopwatch(), tmp_path, 60)
-    without = Predictor.from_data(_forgetting(predictor.as_data(), "attention."))
+def test_a_space_with_parts_that_were_never_timed_warns_once(exact: Predictor) -> None:
+    without = Predictor.from_data(_forgetting(exact.as_data(), "attention."))
     source = PredictedLatency(without)
     with pytest.warns(UserWarning, match="never timed on attention; the roofline answers"):
         source.latency(load("gpt2"), Context(1, 64, 64))
@@ -174,21 +181,19 @@ def _forgetting(data: dict[str, Any], prefix: str) -> dict[str, Any]:
     return data
 
 
-def test_parts_add_up_to_the_model(tmp_path: Path) -> None:
+def test_parts_add_up_to_the_model(exact: Predictor) -> None:
     from zoo.accounting import Workload, places
 
-    predictor = run(PretendedStopwatch(), tmp_path, 60)
     spec, work = load("gpt2"), Workload(2, 128, 128)
     for phase in ("forward", "decode"):
-        seconds = predictor.estimator(phase)
+        seconds = exact.estimator(phase)
         total = sum(seconds(place) for place in places(spec.fill(), work.at(spec.context)))
-        assert total == pytest.approx(predictor.predict(operators_of(spec, work, phase), phase).seconds)
+        assert total == pytest.approx(exact.predict(operators_of(spec, work, phase), phase).seconds)
 
 
-def test_a_predictor_is_saved_whole_and_read_again(tmp_path: Path) -> None:
-    predictor = run(PretendedStopwatch(noise=0.1), tmp_path, 60)
-    again = load_predictor(predictor.save(tmp_path / "one.json"))
-    assert again.as_data() == predictor.as_data()
+def test_a_predictor_is_saved_whole_and_read_again(exact: Predictor, tmp_path: Path) -> None:
+    again = load_predictor(exact.save(tmp_path / "one.json"))
+    assert again.as_data() == exact.as_data()
     assert [path.name for path in tmp_path.glob("one*")] == ["one.json"]
 
 
@@ -202,15 +207,15 @@ def test_a_predictor_is_saved_whole_and_read_again(tmp_path: Path) -> None:
         (lambda data: data["phases"]["forward"].pop("names"), "names"),
     ],
 )
-def test_a_damaged_file_says_what_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
-    data = json.loads(json.dumps(run(PretendedStopwatch(), tmp_path, 40).as_data()))
+def test_a_damaged_file_says_what_is_wrong(exact: Predictor, change: Any, message: str) -> None:
+    data = json.loads(json.dumps(exact.as_data()))
     change(data)
     with pytest.raises(ZooError, match=message):
         Predictor.from_data(data, "file.json")
 
 
-def test_another_dtype_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
-    source = PredictedLatency(run(PretendedStopwatch(), tmp_path, 40))
+def test_another_dtype_is_refused_with_the_command_that_helps(exact: Predictor) -> None:
+    source = PredictedLatency(exact)
     with pytest.raises(ZooError, match="calibrated in float32, not bfloat16; `zoo device calibrate --dtype bfloat16`"):
         source.latency(load("gpt2"), Context(1, 64, 64, "bfloat16"))
 
