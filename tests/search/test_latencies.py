@@ -14,7 +14,7 @@ from fakes import FakeEvaluator, FakeLatency
 from test_report import report
 
 from zoo.accounting import Workload
-from zoo.errors import ZooError
+from zoo.errors import InfeasibleError, ZooError
 from zoo.hardware.predictor import PredictedLatency, Predictor
 from zoo.hardware.profile import load_profile
 from zoo.hardware.regression import Regression
@@ -192,6 +192,15 @@ def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path) -> None:
         if trial.trained:
             figure = source.latency(space.spec_at(trial.point), Context(1, 64, 64), "forward", 0.9)
             assert trial.metrics[name] == pytest.approx(figure.seconds) and figure.seconds <= 2.2e-3
+    assert all(trial.trained and not trial.also_seen for trial in results.trials)
+
+
+def test_a_latency_that_no_candidate_is_predicted_to_meet_ends_the_search_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleError, match=r"smallest reachable value is .*relax it to latency<=.*@cpu\{seq=64\}"):
+        predicted(tmp_path / "run", source=PredictedLatency(predictor()), budget="latency<=1ns@cpu{seq=64}")
+    with pytest.raises(InfeasibleError, match="@h100"):
+        predicted(tmp_path / "run", source=Forecast("h100"), budget="decode<=1ns@h100{past=64}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_shipped_device_answers_with_its_roofline_and_is_never_measured(tmp_path: Path) -> None:

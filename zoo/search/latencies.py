@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,7 +131,10 @@ def origin(source: LatencySource, device: str, dtype: str, latency: Latency) -> 
 
 
 def parts(source: LatencySource, dtype: str, phase: Phase, quantile: float) -> Callable[[Place], float] | None:
-    """The seconds that a source gives each part of a model, if those of all parts add up to its figure; else None."""
+    """The seconds that a source gives each part of a model, if those of all parts add up to its figure; else None.
+
+    Where a model has operators of a kind that was never timed, the figure of a quantile is larger than the sum.
+    """
     if isinstance(source, Forecast):
         source = source.of(dtype)
     if isinstance(source, RooflineLatency):
@@ -138,6 +142,8 @@ def parts(source: LatencySource, dtype: str, phase: Phase, quantile: float) -> C
     if not isinstance(source, PredictedLatency):
         return None
     seconds, factor = source.predictor.estimator(phase), source.predictor.factor(phase, quantile)
+    if not math.isfinite(factor):
+        return None
     return lambda place: factor * seconds(place)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.accounting import Workload, metrics
-from zoo.latency import Context, LatencyFigure, LatencySource
+from zoo.accounting import Place, Workload, metrics
+from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, Term, TermContext
+from zoo.search.latencies import parts
 from zoo.search.objective import Objective
-from zoo.search.repair import Repair, workload
+from zoo.search.repair import Repair, label, workload
 from zoo.search.table import CostTable
 from zoo.search.trial import Point
 
@@ -38,15 +39,19 @@ def latency_context(term: Term, spec: Spec) -> Context:
 
 def told(source: LatencySource, spec: Spec, term: Term, quantile: float | None = None) -> LatencyFigure:
     """What a source says of a spec under a term, at a quantile that is not the term's if given."""
-    phase = "decode" if term.metric == "decode" else "forward"
-    if quantile is None:
-        quantile = 0.5 if term.context.quantile is None else term.context.quantile
-    return source.latency(spec, latency_context(term, spec), phase, quantile)
+    return source.latency(
+        spec, latency_context(term, spec), phase_of(term), quantile_of(term) if quantile is None else quantile
+    )
 
 
-def label(term: Term) -> str:
-    """What the figure of a term is called among a trial's metrics: its metric, device and circumstances."""
-    return f"{term.metric}{'@' if term.device else ''}{term.device or ''}{term.context}"
+def phase_of(term: Term) -> Phase:
+    """What a term on a latency times."""
+    return "decode" if term.metric == "decode" else "forward"
+
+
+def quantile_of(term: Term) -> float:
+    """The quantile that a term speaks of: the median unless it names one."""
+    return 0.5 if term.context.quantile is None else term.context.quantile
 
 
 @dataclass(slots=True)
@@ -62,6 +67,9 @@ class Fitted:
 
 class Meter:
     """Counts and measures candidates of a space under the terms of a budget and the objectives.
+
+    Latencies that are sums over the parts of a model, as predictors and rooflines give them, are in the tables too, so
+    that the repair meets them like any other figure.
 
     sources: whatever tells latencies, by device. device: where terms that name none are measured.
     """
@@ -85,7 +93,14 @@ class Meter:
         self._labels = [(term, label(term)) for term in self.counted]
         self._named = [(term, str(term), label(term)) for term in budget.terms]
         works = dict.fromkeys([Workload(), *map(workload, [*self.counted, *shrinking])])
-        self.tables: Mapping[Workload, CostTable] = {work: CostTable(space, work) for work in works}
+        extras: dict[Workload, dict[str, Callable[[Place], float]]] = {work: {} for work in works}
+        for term in self.measured:
+            seconds = parts(self.source(term), term.context.dtype or "float32", phase_of(term), quantile_of(term))
+            if seconds is not None:
+                extras.setdefault(workload(term), {})[label(term)] = seconds
+        self.tables: Mapping[Workload, CostTable] = {
+            work: CostTable(space, work, theirs) for work, theirs in extras.items()
+        }
 
     def figures(self, point: Point) -> dict[str, float]:
         """Everything that is counted: all metrics under the default work, and those that terms ask for elsewhere."""
