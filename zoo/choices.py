@@ -37,6 +37,8 @@ def choices(
 ) -> list[Choice]:
     """What a forward pass and, for a language model, the decoding of a sequence's last token would run on a device.
 
+    For CUDA where there is none, the answer is that of a device that kernels support.
+
     `tokens` is the length of the sequence, the spec's context if None. Raises `ZooError` for an unknown device or
     dtype.
     """
@@ -52,7 +54,9 @@ def choices(
         with torch.no_grad(), observed() as notes:
             run()
         with use(**spec.kernel_choices):
-            found += _grouped(phase, [(primitive, call._replace(device=kind)) for primitive, call in notes])
+            found += _grouped(
+                phase, [(primitive, call._replace(device=kind, supposed=True)) for primitive, call in notes]
+            )
     return found
 
 
