@@ -396,7 +396,7 @@ class Repair:
                 sums, peaks = frame
                 weights, peak = table.linear(term.metric, table.layout(point).surroundings.work)
                 base[number] = (sums @ weights).sum()
-                floor[number] = peak * peaks.max(initial=0.0)
+                floor[number] = (peaks @ peak).max(initial=0.0)
             board.frames[key] = base, floor
         return board.frames[key]
 
@@ -410,7 +410,7 @@ class Repair:
                 weights, peak = table.linear(term.metric, layout.surroundings.work)
                 theirs = options if table is self._first else table.options(unit, point, layout)
                 values[:, number] = theirs.sums @ weights
-                peaks[:, number] = theirs.peaks * peak
+                peaks[:, number] = theirs.peaks @ peak
             self._offers[id(options)] = options, values, peaks
         return self._offers[id(options)][1:]
 
