@@ -46,6 +46,7 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
     import torch
 
     import zoo
+    from zoo.blocks.matformer import set_granularity
     from zoo.testing.memory import peak_bytes
     from zoo.train.module import loss_sum
     from zoo.train.optimizer import adamw
@@ -56,6 +57,8 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
     with torch.inference_mode():
         model(inputs)
         found = {"activations": float(peak_bytes(model, inputs))}
+    # Training draws one of the nested networks; the widest is what has to fit.
+    set_granularity(model, [len(part.widths) - 1 for part in nested(model)])
     model.train()
     with torch.no_grad():
         logits = model(inputs).logits
@@ -72,7 +75,7 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
         model.zero_grad(set_to_none=True)
         optimizer = adamw(model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
 
-        def step() -> None:
+        def step(optimizer: Any = optimizer) -> None:
             # In Lightning's order, in which the gradients of the step before live through the forward pass.
             loss = forward()
             optimizer.zero_grad(set_to_none=True)
@@ -85,6 +88,14 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
 
         found[name] = float(weights + peak_bytes(steps))
     return found
+
+
+def nested(model: Any) -> list[Any]:
+    """The components that hold nested networks."""
+    from zoo.blocks.matformer import MatFormer
+
+    found = (getattr(module, "component", None) for module in model.modules())
+    return [component for component in found if isinstance(component, MatFormer)]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
-from zoo.cost import Call
+from zoo.cost import STREAMS, Call
 from zoo.errors import ZooError, did_you_mean
 from zoo.registry import Role
 
@@ -64,7 +64,9 @@ class Tally(NamedTuple):
     `depth` counts layers and `params` parameters; everything from `flops` on is in FLOPs or bytes as in
     `zoo.cost.Cost`.
     `state` is the state of the whole batch behind the last token, `state_token` what one more token of one sequence
-    adds.
+    adds. `kept` is what a training step with checkpointing keeps until the backward pass: the inputs of layers, and
+    what other parts save; `recomputed` is what a layer then needs at once. Everything adds up but `peak` and
+    `recomputed`, of which the largest count.
     """
 
     depth: int = 0
@@ -80,11 +82,17 @@ class Tally(NamedTuple):
     decode_traffic: float = 0.0
     state: int = 0
     state_token: int = 0
+    kept: float = 0.0
     peak: float = 0.0
+    recomputed: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
         """What both hold and take; of the peaks the larger counts."""
-        return Tally._make([*map(add, self[:-1], other[:-1]), max(self.peak, other.peak)])
+        return Tally._make([*map(add, self[:MAXIMA], other[:MAXIMA]), *map(max, self[MAXIMA:], other[MAXIMA:])])
+
+
+MAXIMA = Tally._fields.index("peak")
+"""From this field of a tally on the largest counts, in front of it everything adds up."""
 
 
 def tally(component: Component, scope: Scope, work: Workload, tokens: Call, token: Call) -> Tally:
@@ -102,8 +110,10 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
             before += sum(item.bytes(work.element_bytes) for item in part.state(place, behind - 1).values())
     cost = component.cost(scope, tokens)
     step = component.cost(scope, token)
+    is_layer = component.role is Role.LAYER
+    stream = float(tokens.rows * scope.width * tokens.element_bytes)
     return Tally(
-        depth=int(component.role is Role.LAYER),
+        depth=int(is_layer),
         params=params,
         active_params=float(active),
         embedding_params=embedding,
@@ -116,7 +126,9 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
         decode_traffic=step.traffic,
         state=state * work.batch,
         state_token=state - before,
+        kept=stream if is_layer else cost.saved,
         peak=cost.peak,
+        recomputed=cost.saved + max(0.0, cost.peak - STREAMS * stream) if is_layer else 0.0,
     )
 
 
@@ -169,10 +181,12 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
 
     `memory` is what inference holds at once: weights, the state, and the largest set of intermediate results.
     `train_memory` is weights, gradients and Adam's two moments in float32, with all activations saved for the backward
-    pass.
+    pass. `train_memory_checkpointed` is the same if each layer is recomputed in the backward pass: the largest of what
+    is there at the end of the forward pass, at the beginning of the backward pass, which has no gradients yet, and at
+    its end.
     """
     depth, params, active, embedding, flops, backward, pointwise, traffic, saved, *rest = sum_of_parts
-    decode_flops, decode_traffic, state, state_token, peak = rest
+    decode_flops, decode_traffic, state, state_token, kept, peak, recomputed = rest
     # Sums that come out of an array are floats.
     params, state = int(params), int(state)
     weights = params * work.element_bytes
@@ -193,6 +207,9 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
         "activations": peak,
         "memory": weights + state + peak,
         "train_memory": 4 * 4 * params + saved + peak,
+        "train_memory_checkpointed": max(
+            4 * 4 * params + max(recomputed, kept + peak), 3 * 4 * params + kept + recomputed
+        ),
     }
 
 

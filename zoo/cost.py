@@ -123,6 +123,10 @@ class Cost:
         return replace(self, peak=self.peak + extra, parts=self.operators)
 
 
+STREAMS = 4
+"""Copies of the stream that a layer's forward pass finds or makes beside what its branches need: in front of the body,
+of the layer and of its second branch, and the norm's output."""
+
 FREE = Cost()
 
 

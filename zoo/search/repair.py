@@ -415,7 +415,7 @@ class Repair:
                 sums, peaks = frame
                 weights, peak = table.linear(column(term), table.layout(point).surroundings.work)
                 base[number] = (sums @ weights).sum()
-                floor[number] = peak * peaks.max(initial=0.0)
+                floor[number] = (peaks @ peak).max(initial=0.0)
             board.frames[key] = base, floor
         return board.frames[key]
 
@@ -429,7 +429,7 @@ class Repair:
                 weights, peak = table.linear(column(term), layout.surroundings.work)
                 theirs = options if table is self._first else table.options(unit, point, layout)
                 values[:, number] = theirs.sums @ weights
-                peaks[:, number] = theirs.peaks * peak
+                peaks[:, number] = theirs.peaks @ peak
             self._offers[id(options)] = options, values, peaks
         return self._offers[id(options)][1:]
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoo.accounting import Place, Tally, Workload, figures, metrics, places
+from zoo.accounting import MAXIMA, Place, Tally, Workload, figures, metrics, places
 from zoo.component import Component, Scope, Slot, slots
 from zoo.cost import Call
 from zoo.errors import SpecError, ZooError
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from zoo.search.space import Space
 
 TALLY = len(Tally._fields)
-PEAK = TALLY - 1
-"""A row begins with the fields of a tally. All columns add up but that of `peak`, of which the largest counts."""
+LARGEST = slice(MAXIMA, TALLY)
+"""A row begins with the fields of a tally. All columns add up but these, of which the largest counts."""
 MAX_OPTIONS = 256
 """Settings of a layer up to which all are looked at; beyond, that many and the extremes that a descent finds."""
 MAX_VALUES = 24
@@ -66,12 +66,12 @@ Extra = Callable[[Place], float]
 class Rows:
     """Rows of numbers that become more: `values` is `[rows, columns]`; as many are in use as there are `peaks`.
 
-    peaks: the column `PEAK` once more, as a list.
+    peaks: the columns `LARGEST` once more, as a list.
     """
 
     def __init__(self, columns: int) -> None:
         self.values: Floats = np.zeros((256, columns))
-        self.peaks: list[float] = []
+        self.peaks: list[Sequence[float]] = []
 
     def __len__(self) -> int:
         return len(self.peaks)
@@ -81,7 +81,7 @@ class Rows:
         if len(self) == len(self.values):
             self.values = np.concatenate([self.values, np.zeros_like(self.values)])
         self.values[len(self)] = row
-        self.peaks.append(row[PEAK])
+        self.peaks.append(tuple(row[LARGEST]))
         return len(self) - 1
 
 
@@ -208,7 +208,7 @@ class CostTable:
             order += rows[start:stop]
         order += frame[-1]
         values = np.add.reduce(self._rows.values.take(order, axis=0)).tolist()
-        values[PEAK] = max(map(self._rows.peaks.__getitem__, order))
+        values[LARGEST] = map(max, *map(self._rows.peaks.__getitem__, order))
         counted = figures(Tally._make(values[:TALLY]), layout.surroundings.work)
         counted.update(zip(self.extras, values[TALLY:]))
         return counted
@@ -319,8 +319,8 @@ class CostTable:
             values = self._rows.values[list(rows.values())]
             known = self._options[id(root)] = Options(
                 list(rows),
-                np.delete(values, PEAK, axis=1),
-                values[:, PEAK],
+                np.delete(values, LARGEST, axis=1),
+                values[:, LARGEST],
                 [self._form_of[row] for row in rows.values()],
                 len(unit.decisions),
             )
@@ -520,8 +520,8 @@ class CostTable:
         for form in alternatives(options):
             kept = [each.of_form(form) for each in options]
             if all(map(len, kept)):
-                parts = [(o.sums[keep] @ weights, o.peaks[keep] * peak) for o, keep in zip(options, kept, strict=True)]
-                _, picks = (largest_sum if largest else smallest_sum)(parts, self._floor(layout) * peak)
+                parts = [(o.sums[keep] @ weights, o.peaks[keep] @ peak) for o, keep in zip(options, kept, strict=True)]
+                _, picks = (largest_sum if largest else smallest_sum)(parts, float(self._floor(layout) @ peak))
                 changed = dict(point)
                 for unit, each, keep, pick in zip(layout.units, options, kept, picks, strict=True):
                     changed |= {unit.decisions[slot].name: value for slot, value in each.settings[keep[pick]]}
@@ -532,8 +532,8 @@ class CostTable:
         return best
 
     def frame(self, point: Mapping[str, Value]) -> tuple[Floats, Floats] | None:
-        """What stands around the lists of layers of a valid point: `[parts, figures]` of what adds up, and `[parts]`
-        peaks; None for another point."""
+        """What stands around the lists of layers of a valid point: `[parts, figures]` of what adds up, and
+        `[parts, 2]` of what the largest counts of; None for another point."""
         layout = self.layout(point)
         rows = self.rows(point, layout)
         if rows is None:
@@ -542,22 +542,20 @@ class CostTable:
 
     def _around(self, frame: tuple[tuple[int, ...], ...]) -> tuple[Floats, Floats]:
         values = self._rows.values[list(chain.from_iterable(frame))]
-        return np.delete(values, PEAK, axis=1), values[:, PEAK]
+        return np.delete(values, LARGEST, axis=1), values[:, LARGEST]
 
-    def _floor(self, layout: Layout) -> float:
-        """The largest peak of what stands around the layers."""
+    def _floor(self, layout: Layout) -> Floats:
+        """The largest peaks of what stands around the layers, `[2]`."""
         _, peaks = self._around(next(iter(layout.surroundings.frames.values())))
-        return float(peaks.max(initial=0.0))
+        return peaks.max(axis=0, initial=0.0)
 
-    def linear(self, metric: str, work: Workload) -> tuple[Floats, float]:
-        """A metric as a sum: the weight of each figure that adds up, and that of the peak."""
+    def linear(self, metric: str, work: Workload) -> tuple[Floats, Floats]:
+        """A metric of a budget as a sum: the weight of each figure that adds up, and those of the largest."""
         if metric in self.extras:
-            return np.eye(TALLY - 1 + len(self.extras))[TALLY - 1 + list(self.extras).index(metric)], 0.0
+            return np.eye(MAXIMA + len(self.extras))[MAXIMA + list(self.extras).index(metric)], np.zeros(TALLY - MAXIMA)
         nothing, big = figures(Tally(), work)[metric], 2.0**40
-        *weights, peak = (
-            (figures(Tally()._replace(**{name: big}), work)[metric] - nothing) / big for name in Tally._fields
-        )
-        return np.array([*weights, *(0.0 for _ in self.extras)]), peak
+        weights = [(figures(Tally()._replace(**{name: big}), work)[metric] - nothing) / big for name in Tally._fields]
+        return np.array([*weights[:MAXIMA], *(0.0 for _ in self.extras)]), np.array(weights[LARGEST])
 
     def surveyed(self, point: Mapping[str, Value]) -> bool:
         """Whether it is known where the layers of a point stand; a valid one is looked for if its own are not."""

@@ -18,7 +18,7 @@ def peak_bytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         result = function(*args, **kwargs)
     del result
     events = [
-        (event.start_ns(), event.nbytes())
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
         for event in recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
         if event.name() == "[memory]"
     ]
