@@ -150,6 +150,33 @@ def cost(
 
 
 @app.command()
+def bench(
+    spec: SpecArgument,
+    device: Device = "cpu",
+    batch: Batch = 1,
+    seq: Annotated[
+        str | None, typer.Option(help="Lengths to train and prefill, such as 128,512; by default the spec's context.")
+    ] = None,
+    past: Annotated[
+        str | None, typer.Option(help="Tokens behind which one more is decoded, such as 0,512; by default up to four.")
+    ] = None,
+    dtype: Dtype = "float32",
+    phases: Annotated[str, typer.Option(help="What to measure.")] = "train,prefill,decode",
+    roofline: Annotated[
+        str | None, typer.Option(help="Also the least time on a device and the share of its peak; see `zoo device`.")
+    ] = None,
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed runs of each, more of quick ones.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model: training step, prefill, decoding and peak memory, against what was counted."""
+    from zoo.cli.bench import bench_model
+
+    raise typer.Exit(bench_model(spec, device, batch, seq, past, dtype, phases, roofline, threads, repeats, out, json))
+
+
+@app.command()
 def build(
     spec: SpecArgument,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or meta to allocate nothing.")] = "cpu",

@@ -12,7 +12,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from zoo.device import Device
 
@@ -68,11 +68,13 @@ def _changes(before: Callable[[], object], case: Callable[[], object]) -> list[i
     """Bytes that `case` allocates and, below zero, releases, in order; of what `before` allocated too."""
     from torch.autograd.profiler import profile, record_function
 
-    with _silent_profiler(), profile(use_kineto=False, profile_memory=True) as observed:
+    # Typed by torch as nothing, and its events without their bytes.
+    observed: Any = profile(use_kineto=False, profile_memory=True)
+    with _silent_profiler(), observed:
         before()
         with record_function(_MARK):
             case()
-    events = observed.kineto_results.events() if observed.kineto_results is not None else []
+    events = observed.kineto_results.events()
     (start,) = (event.start_ns() for event in events if event.name() == _MARK)
     later = [event for event in events if event.name() == "[memory]" and event.start_ns() >= start]
     return [event.nbytes() for event in sorted(later, key=lambda event: event.start_ns())]

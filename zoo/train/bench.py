@@ -133,7 +133,9 @@ def plan(
     seqs, pasts = _lengths(spec, request)
     items: list[Item] = []
     notes: list[str] = []
-    for phase in (phase for phase in PHASES if phase in request.phases):
+    for phase in PHASES:
+        if phase not in request.phases:
+            continue
         missing = _missing(spec, phase, device, request)
         if missing is not None:
             notes.append(f"{phase}: {missing}")
