@@ -257,14 +257,14 @@ def print_cost(
     total = figures(_sum(tally for _, _, tally in tallies), work)
     measured = {} if device is None else dict(_measured(spec, work, device))
     least = {} if bound_by is None else _rooflines(spec, work, bound_by)
-    times = [] if predict_on is None else predicted(spec, work, predict_on)
+    predictions = [] if predict_on is None else predicted(spec, work, predict_on)
     meshes = {} if mesh is None else mesh.costs(spec, work)
     picture = "" if drawing is None else drawing.draw(spec, work)
     if as_json:
         rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
         facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
         bounds = {"roofline": {phase: _bounds(parts) for phase, parts in least.items()}, "mesh": mesh_facts(meshes)}
-        print_json({**facts, **bounds, "predicted": prediction_facts(times)})
+        print_json({**facts, **bounds, "predicted": prediction_facts(predictions)})
         return
     if layers:
         columns = ("params", "flops", "traffic", "state", "activations")
@@ -290,7 +290,7 @@ def print_cost(
         title = f"at least, on {bound_by} (roofline: a bound, not a forecast)"
         print_table(title, ("", "in all", *(f"bound by {name}" for name in BOUNDS)), times, right=(1, 2, 3, 4))
     if predict_on is not None:
-        print_predictions(times, predict_on, layers)
+        print_predictions(predictions, predict_on, layers)
     if picture:
         print(picture)
     if mesh is not None:
