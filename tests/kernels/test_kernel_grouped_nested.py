@@ -133,9 +133,9 @@ def test_bad_operands() -> None:
     x, weight, offsets = draw(13, 4), draw(3, 4), offsets_of(SIZES)
     with pytest.raises(ZooError, match=r"x has dtype torch\.float64 and weight torch.float32, expected one"):
         kernels.grouped_matmul(x, weight.float(), offsets)
-    with pytest.raises(ZooError, match="expected one floating-point dtype"):
+    with pytest.raises(ZooError, match="expected one"):
         kernels.grouped_matmul(x.long(), weight.long(), offsets)
-    with pytest.raises(ZooError, match="weight is on meta, x on cpu; expected one device"):
+    with pytest.raises(ZooError, match="weight is on meta, expected cpu, where x is"):
         kernels.grouped_matmul(x, weight.to("meta"), offsets)
     with pytest.raises(ZooError, match="source asks for 13 rows, x has none"):
         kernels.grouped_matmul(x[:0], weight, offsets, source=torch.arange(13))
@@ -172,5 +172,5 @@ def test_bad_blocks() -> None:
         kernels.block_diagonal_matmul(x, weight[0])
     with pytest.raises(ZooError, match="weight is on meta"):
         kernels.block_diagonal_matmul(x, weight.to("meta"))
-    with pytest.raises(ZooError, match="expected one floating-point dtype"):
+    with pytest.raises(ZooError, match="expected one"):
         kernels.block_diagonal_matmul(x, weight.float())

@@ -21,6 +21,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks even for the few tokens of a test."""
     monkeypatch.setattr(torch_path, "_CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(torch_path, "_LEAST_CHUNK", 4)
+    monkeypatch.setattr(torch_path, "_PIECE_ELEMENTS", 60)
 
 
 def inputs(batch: int = 2, tokens: int = 11, channels: int = 5, state_dim: int = 3) -> list[Tensor]:
@@ -88,6 +89,13 @@ def test_agrees_with_transformers_mamba() -> None:
     torch.testing.assert_close(last, final, rtol=1e-5, atol=1e-5)
 
 
+def test_without_gradients_it_is_the_same() -> None:
+    tensors = inputs()
+    expected = run(*(each.clone().requires_grad_() for each in tensors))
+    for found, wanted in zip(run(*tensors), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_gradcheck() -> None:
     tensors = [x.requires_grad_() for x in inputs(1, 6, 2, 2)]
     segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
@@ -96,9 +104,10 @@ def test_gradcheck() -> None:
 
 def test_operators_are_well_formed() -> None:
     x, delta, A, B, C, _, _, state = inputs(1, 6, 2, 2)
-    torch.library.opcheck(torch.ops.zoo.selective_scan, (x, delta, A, B, C, state, None))
+    torch.library.opcheck(torch.ops.zoo.selective_scan, (x, delta, A, B, C, state, None, False))
     tensors = [each.requires_grad_() for each in (x, delta, A, B, C, state)]
-    torch.library.opcheck(torch.ops.zoo.selective_scan, (*tensors, torch.tensor([[False, True, False] * 2])))
+    starts = torch.tensor([[False, True, False] * 2])
+    torch.library.opcheck(torch.ops.zoo.selective_scan, (*tensors, starts, True))
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(2, 0), (0, 3), (1, 1)])

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from zoo.component import Component
+from zoo.component import Component, Scope
+from zoo.cost import FREE, Call, Cost, elementwise
 from zoo.registry import Role, register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+class ActivationBase(Component):
+    """What activations share: one pass over the elements."""
+
+    operations: ClassVar[int]
+    """Floating point operations for an element, an exponential as four."""
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        elements = call.rows * scope.width
+        return elementwise(elements, call.element_bytes, operations=self.operations, kind=f"activation_{self.type}")
+
+
 @register("relu", role=Role.ACTIVATION)
-class ReLU(Component):
+class ReLU(ActivationBase):
     r"""$\max(x, 0)$."""
+
+    operations: ClassVar[int] = 1
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.relu()
 
 
 @register("relu2", role=Role.ACTIVATION, sources=["So et al. 2021, Primer"])
-class SquaredReLU(Component):
+class SquaredReLU(ActivationBase):
     r"""$\max(x, 0)^2$."""
+
+    operations: ClassVar[int] = 2
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.relu().square()
 
 
 @register("gelu", role=Role.ACTIVATION, sources=["Hendrycks and Gimpel 2016, Gaussian Error Linear Units"])
-class GELU(Component):
+class GELU(ActivationBase):
     r"""$x \Phi(x)$ with the normal distribution function $\Phi$, or its approximation by a hyperbolic tangent."""
+
+    operations: ClassVar[int] = 8
 
     approximate: Literal["none", "tanh"] = "none"
     """`tanh` for the approximation that GPT-2 and Gemma use."""
@@ -41,8 +59,10 @@ class GELU(Component):
 
 
 @register("silu", role=Role.ACTIVATION, sources=["Elfwing, Uchibe and Doya 2017"])
-class SiLU(Component):
+class SiLU(ActivationBase):
     r"""$x \sigma(x)$, also called swish."""
+
+    operations: ClassVar[int] = 6
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -51,8 +71,10 @@ class SiLU(Component):
 
 
 @register("sigmoid", role=Role.ACTIVATION)
-class Sigmoid(Component):
+class Sigmoid(ActivationBase):
     r"""$1 / (1 + e^{-x})$."""
+
+    operations: ClassVar[int] = 5
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x.sigmoid()
@@ -61,6 +83,9 @@ class Sigmoid(Component):
 @register("linear", role=Role.ACTIVATION)
 class NoActivation(Component):
     """The identity, which makes a gated unit bilinear."""
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        return FREE
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return x

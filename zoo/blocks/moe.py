@@ -118,11 +118,15 @@ class MixtureOfExperts(FeedForward):
         router = Cost(
             flops=2.0 * call.rows * width * self.experts,
             traffic=float((self.experts * width + call.rows * (width + self.experts)) * size),
+            kind="router",
         ) + elementwise(call.rows * self.experts, size, operations=5)
         experts = Cost(
             flops=2.0 * pairs * width * hidden * matrices,
             traffic=(used * width * hidden + pairs * (width + hidden)) * matrices * size,
             saved=float(pairs * (width + hidden) * size),
+            kind="experts",
+            weights=used * width * hidden * matrices * size,
+            steps=used,
         )
         product = elementwise(pairs * hidden, size, operands=3, saved=2) if self.gated else Cost()
         ends = elementwise(pairs * width, size, operations=2, operands=4)

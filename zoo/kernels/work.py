@@ -92,3 +92,8 @@ def causal_convolution_pointwise(batch: int, tokens: int, channels: int, kernel:
 def grouped_matmul_flops(rows: int, input_width: int, output_width: int) -> int:
     """Matrix products of `grouped_matmul`: every row meets one group's weight."""
     return 2 * rows * input_width * output_width
+
+
+def subset_matmul_flops(rows: int, taken: int, output_width: int, input_width: int) -> int:
+    """Matrix products of `subset_matmul`: every row meets the blocks that it takes."""
+    return 2 * rows * taken * output_width * input_width

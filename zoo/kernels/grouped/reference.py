@@ -1,4 +1,4 @@
-"""Grouped products as one loop over groups that autograd follows."""
+"""Grouped products in a form that autograd follows: one loop over groups, one weight for each row."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def grouped_matmul(
         used = (weight if weight.dim() == 2 else weight[group])[:width, :depth]
         found.append(F.pad(x[low:high, :depth] @ used.T, (0, outputs - width)))
     return torch.cat(found)
+
+
+def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) -> Tensor:
+    takes = F.one_hot(subsets, weight.shape[0]).to(x.dtype)
+    if transposed:
+        return torch.einsum("rtb,rbi->rti", takes, torch.einsum("ro,boi->rbi", x, weight))
+    return torch.einsum("rbi,boi->ro", torch.einsum("rtb,rti->rbi", takes, x), weight)
 
 
 def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of a chunk's states: two or three such buffers should fit the second-level cache of a core.
+# Elements of a chunk's states. However large the states, a chunk has so many tokens: only one state in so many is kept
+# for the backward.
 _CHUNK_ELEMENTS = 1 << 18
-# However large the states, a chunk has so many tokens: only one state in so many is kept for the backward.
 _LEAST_CHUNK = 16
+# Elements of the states that the forward computes together: these, as many decays and what a step reads again should
+# fit a core's second-level cache with room to spare.
+_PIECE_ELEMENTS = 1 << 17
 
 
 def selective_scan(
@@ -27,7 +30,8 @@ def selective_scan(
         step = delta[:, 0, :, None]
         state = torch.addcmul((delta * x)[:, 0, :, None] * B, torch.exp(step * A), state)
         return (state @ C.transpose(1, 2)).transpose(1, 2), state
-    out, final, _ = _forward(x, delta, A, B, C, state, starts)
+    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (x, delta, A, B, C, state))
+    out, final, _ = _forward(x, delta, A, B, C, state, starts, differentiated)
     return out, final
 
 
@@ -41,23 +45,27 @@ def _time_first(*tensors: Tensor) -> list[Tensor]:
 
 
 class _Chunk:
-    """Decays and states of one chunk, `[chunk, batch, state_dim, channels]`, in buffers that all chunks share."""
+    """Decays and states of some tokens, `[length, batch, state_dim, channels]`, in buffers that are used again."""
 
     def __init__(self, length: int, x: Tensor, A: Tensor) -> None:
         size = (length, x.shape[0], A.shape[1], A.shape[0])
         self.A = A.T.contiguous()
         self.decays, self.states = x.new_empty(size), x.new_empty(size)
+        self.update = x.new_empty(length, x.shape[0], 1, A.shape[0])
         # Views made once: the loops over tokens then cost one operator call a token.
         self.decay, self.state = self.decays.unbind(), self.states.unbind()
 
     def fill(self, entering: Tensor, delta: Tensor, x: Tensor, B: Tensor, starts: Tensor | None) -> int:
-        """Compute all states of a chunk, its tensors time first; returns its length."""
+        """Compute the states of so many tokens as are given; returns how many.
+
+        All are time first: `delta` and `x` `[length, batch, 1, channels]`, `B` `[length, batch, state_dim, 1]`.
+        """
         length = delta.shape[0]
-        decays, states = self.decays[:length], self.states[:length]
-        torch.mul(delta.unsqueeze(2), self.A, out=decays).exp_()
+        decays, states, update = self.decays[:length], self.states[:length], self.update[:length]
+        torch.mul(delta, self.A, out=decays).exp_()
         if starts is not None:
             decays.masked_fill_(starts[:, :, None, None], 0)
-        torch.mul((delta * x).unsqueeze(2), B.unsqueeze(3), out=states)
+        torch.mul(torch.mul(delta, x, out=update), B, out=states)
         previous = entering
         for decay, state in zip(self.decay[:length], self.state[:length], strict=True):
             torch.addcmul(state, decay, previous, out=state)
@@ -67,23 +75,44 @@ class _Chunk:
 
 @torch.library.custom_op("zoo::selective_scan", mutates_args=())
 def _forward(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    differentiated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the final state, and the states that enter the chunks, `[chunks, batch, state_dim, channels]`."""
-    tokens = x.shape[1]
+    """The output, the final state, and if `differentiated` the states that enter the chunks,
+    `[chunks, batch, state_dim, channels]`.
+    """
+    batch, tokens, channels = x.shape
     length = _chunk_length(x, A)
-    first, entering = [], state.transpose(1, 2).contiguous()
-    out = x.new_empty(tokens, x.shape[0], x.shape[2])
+    piece = max(1, min(length, _PIECE_ELEMENTS // max(1, batch * A.numel())))
+    kept = x.new_empty(_kept(x, A, differentiated), batch, A.shape[1], channels)
+    if tokens == 0:
+        return torch.empty_like(x), state.clone(), kept
+    entering = state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    out = x.new_empty(tokens, batch, 1, channels)
     x_, delta_, B_, C_ = _time_first(x, delta, B, C)
-    chunk = _Chunk(length, x, A)
-    for low in range(0, tokens, length):
-        part = slice(low, low + length)
-        first.append(entering)
-        size = chunk.fill(entering, delta_[part], x_[part], B_[part], None if starts is None else starts.T[part])
-        torch.matmul(C_[part].unsqueeze(2), chunk.states[:size], out=out[part].unsqueeze(2))
-        entering = chunk.state[size - 1].clone()
-    kept = torch.stack(first) if first else x.new_empty(0, x.shape[0], A.shape[1], A.shape[0])
-    return out.transpose(0, 1).contiguous(), entering.transpose(1, 2).contiguous(), kept
+    shared = (delta_.unsqueeze(2), x_.unsqueeze(2), B_.unsqueeze(3), C_.unsqueeze(2), out)
+    chunk = _Chunk(piece, x, A)
+    begins = None if starts is None else starts.T.split(length)
+    for index, parts in enumerate(zip(*(each.split(length) for each in shared), strict=True)):
+        if differentiated:
+            kept[index] = entering
+        begin = None if begins is None else begins[index].split(piece)
+        for at, (step, u, b, c, o) in enumerate(zip(*(each.split(piece) for each in parts), strict=True)):
+            size = chunk.fill(entering, step, u, b, None if begin is None else begin[at])
+            torch.bmm(c.flatten(0, 1), chunk.states[:size].flatten(0, 1), out=o.flatten(0, 1))
+            entering.copy_(chunk.state[size - 1])
+    return out.squeeze(2).transpose(0, 1).contiguous(), entering.transpose(1, 2).contiguous(), kept
+
+
+def _kept(x: Tensor, A: Tensor, differentiated: bool) -> int:
+    """How many states are kept for the backward."""
+    return -(-x.shape[1] // _chunk_length(x, A)) if differentiated else 0
 
 
 @torch.library.custom_op("zoo::selective_scan_backward", mutates_args=())
@@ -110,9 +139,10 @@ def _backward(
     arriving = grad_final.transpose(1, 2).contiguous()
     for index in reversed(range(kept.shape[0])):
         part = slice(index * length, index * length + length)
-        size = chunk.fill(kept[index], delta_[part], x_[part], B_[part], None if starts is None else starts.T[part])
+        begin = None if starts is None else starts.T[part]
+        size = chunk.fill(kept[index], delta_[part].unsqueeze(2), x_[part].unsqueeze(2), B_[part].unsqueeze(3), begin)
         decays, states, g = chunk.decays[:size], chunk.states[:size], adjoints[:size]
-        dy, dt, update = grad_[part], delta_[part], delta_[part] * x_[part]
+        dy, dt, update = grad_[part], delta_[part], chunk.update[:size].squeeze(2)
         torch.mul(C_[part].unsqueeze(3), dy.unsqueeze(2), out=g)
         adjoint[size - 1].add_(arriving)
         for t in range(size - 2, -1, -1):
@@ -137,11 +167,18 @@ def _backward(
 
 @_forward.register_fake
 def _(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    differentiated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     del delta, B, C, starts
-    chunks = -(-x.shape[1] // _chunk_length(x, A))
-    return torch.empty_like(x), torch.empty_like(state), x.new_empty(chunks, x.shape[0], A.shape[1], A.shape[0])
+    kept = x.new_empty(_kept(x, A, differentiated), x.shape[0], A.shape[1], A.shape[0])
+    return torch.empty_like(x), torch.empty_like(state), kept
 
 
 @_backward.register_fake
@@ -161,12 +198,12 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, delta, A, B, C, _, starts = inputs
+    x, delta, A, B, C, _, starts, _ = inputs
     ctx.save_for_backward(x, delta, A, B, C, output[2], starts)
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, grad_final, *ctx.saved_tensors), None)
+    return (*_backward(grad, grad_final, *ctx.saved_tensors), None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
