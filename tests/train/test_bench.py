@@ -64,7 +64,7 @@ def run(text: str = LM, device: Device = CPU, **wanted: Any) -> Report:
 def test_every_phase_is_measured_at_every_length() -> None:
     said: list[tuple[int, int, str]] = []
     report = run(batch=2, seq=(8, 16), past=(0, 5), progress=lambda *facts: said.append(facts))
-    names = ["train 8", "train 16", "prefill 8", "prefill 16", "decode behind 0", "decode behind 5"]
+    names = ["train 8", "train 16", "prefill 8", "prefill 16", "decode 0", "decode 5"]
     assert [row.item.name for row in report.rows] == names
     assert said == [(number, 6, name) for number, name in enumerate(names)]
     assert not report.notes and not report.interrupted
@@ -88,8 +88,8 @@ def test_memory_holds_at_least_what_must_be_there() -> None:
     assert 16 * params + logits < rows["train 16"] < 16 * params + 100 * logits
     assert 4 * params + logits < rows["prefill 16"] < 4 * params + 4 * logits
     state = zoo.metrics(spec(), zoo.Workload(seq=1, past=32))["state"]
-    assert state < rows["decode behind 32"] - 4 * params
-    assert rows["decode behind 0"] < rows["decode behind 32"]
+    assert state < rows["decode 32"] - 4 * params
+    assert rows["decode 0"] < rows["decode 32"]
 
 
 def test_half_precision_halves_inference_and_leaves_training_its_parameters() -> None:

@@ -120,20 +120,19 @@ def _print(found: dict[str, Any], title: str) -> None:
 
 
 def _called(row: dict[str, Any]) -> str:
-    return f"decode behind {row['past']}" if "past" in row else f"{row['phase']} {row['seq']}"
+    return f"{row['phase']} {row['past' if row['phase'] == 'decode' else 'seq']}"
 
 
 def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
-    shares = any(row["share_of_peak"] is not None for row in rows)
-    columns = ["measured", "median", "quartiles", f"{unit}/s", "FLOP/s", *(["of peak"] if shares else []), "memory"]
+    columns = ["measured", "median", "25%", "75%", f"{unit}/s", "FLOP/s", "memory"]
     table = [
         [
             _called(row),
             _time(row["median"]) if row["failure"] is None else "failed",
-            "" if row["low"] is None else f"{_time(row['low'])}..{_time(row['high'])}",
+            _time(row["low"]),
+            _time(row["high"]),
             _shown(row["per_second"], "count"),
             _shown(row["flops_per_second"], "flops"),
-            *(["" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}"] if shares else []),
             _shown(row["memory"], "bytes"),
         ]
         for row in rows
@@ -142,25 +141,29 @@ def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
 
 
 def _print_predicted(rows: list[dict[str, Any]], bound_by: str | None) -> None:
-    """Predictions, each with its ratio to what was measured."""
+    """Predictions, each with its ratio to what was measured, and the share of the peak that was reached."""
     predicting = any(row["predicted"] is not None for row in rows)
-    columns = ["predicted", "memory", "of measured"]
-    columns += [f"least on {bound_by}", "of measured"] if bound_by else []
-    columns += ["latency", "of measured"] if predicting else []
+    columns = ["predicted / measured", "memory", "ratio"]
+    columns += ["latency", "ratio"] if predicting else []
+    columns += [f"least on {bound_by}", "ratio", "of peak"] if bound_by else []
     table = []
     for row in rows:
-        cells = [_called(row), _shown(row["counted_memory"], "bytes"), _share(row["counted_memory"], row["memory"])]
-        if bound_by:
-            cells += [_time(row["bound"]), _share(row["bound"], row["median"])]
+        cells = [_called(row), _shown(row["counted_memory"], "bytes"), _ratio(row["counted_memory"], row["memory"])]
         if predicting:
             seconds = None if row["predicted"] is None else row["predicted"]["seconds"]
-            cells += [_time(seconds), _share(seconds, row["median"])]
+            cells += [_time(seconds), _ratio(seconds, row["median"])]
+        if bound_by:
+            cells += [_time(row["bound"]), _ratio(row["bound"], row["median"]), _percent(row["share_of_peak"])]
         table.append(cells)
     print_table("", columns, table, right=range(1, len(columns)))
 
 
-def _share(value: float | None, measured: float | None) -> str:
-    return "" if value is None or not measured else f"{value / measured:.2f}"
+def _ratio(value: float | None, measured: float | None) -> str:
+    return "" if value is None or not measured else f"{value / measured:.2g}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}" if share >= 0.0005 else "<0.1%"
 
 
 def _time(seconds: float | None) -> str:

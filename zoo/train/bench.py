@@ -50,7 +50,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        return f"{self.phase} {'behind ' if self.phase == 'decode' else ''}{self.tokens}"
+        return f"{self.phase} {self.tokens}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_tables_for_people(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "spec.yaml", *QUICK, "--roofline", "h100") == 0
     out = str(capsys.readouterr().out)
-    for name in ("train 16", "prefill 16", "decode behind 4", "decode behind 15", "tokens/s", "of peak", "least"):
+    for name in ("train 16", "prefill 16", "decode 4", "decode 15", "tokens/s", "of peak", "least"):
         assert name in out
     assert max(map(len, out.splitlines()[1:])) <= 80 and "…" not in out
 
