@@ -24,7 +24,7 @@ from zoo.cost import Call
 def whole_matrix(mohd: Built, name: str) -> Tensor:
     """A map over the full width, `[hidden, width]` or for `down` `[width, hidden]`."""
     blocks = mohd.weights[name]
-    return blocks.transpose(1, 2).flatten(0, 1) if name == "down" else blocks.transpose(0, 1).flatten(1)
+    return blocks.transpose(1, 2).flatten(0, 1) if name == "down" else blocks.flatten(0, 1).T
 
 
 def masked(mohd: Built, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -169,10 +169,10 @@ class MixtureOfExperts(FeedForward):
         """
         order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
 
-        def times(rows: Tensor, weight: Tensor) -> Tensor:
+        def by_expert(rows: Tensor, weight: Tensor) -> Tensor:
             return kernels.grouped_matmul(rows, weight, offsets)
 
-        y = self._experts(module, taken(x, order // self.top_k), times)
+        y = self._experts(module, taken(x, order // self.top_k), by_expert)
         return y, inverse(order).view_as(chosen), None
 
     def _limited(self, module: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,10 +189,10 @@ class MixtureOfExperts(FeedForward):
         place = inverse(order).view_as(chosen) - offsets[chosen]
         return y.flatten(0, 1), chosen * places + place.clamp(max=places - 1), place < places
 
-    def _experts(self, module: Any, x: Tensor, times: Any) -> Tensor:
+    def _experts(self, module: Any, x: Tensor, by_expert: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The experts' networks, given how rows are multiplied by their expert's weight."""
-        h = module.activation(times(x, module.gate if self.gated else module.up))
-        return times(h * times(x, module.up) if self.gated else h, module.down)
+        h = module.activation(by_expert(x, module.gate if self.gated else module.up))
+        return by_expert(times(h, by_expert(x, module.up)) if self.gated else h, module.down)
 
 
 def scored(logits: Tensor, scores: Scores) -> Tensor:
@@ -220,6 +220,13 @@ def imbalance(scores: Tensor, chosen: Tensor) -> Tensor:
     ones = torch.ones_like(chosen, dtype=scores.dtype).flatten()
     share = scores.new_zeros(options).scatter_add(0, chosen.flatten(), ones) / chosen.numel()
     return options * (share * normalized(scores).mean(dim=0)).sum()
+
+
+def times(gate: Tensor, up: Tensor) -> Tensor:
+    """`gate * up`, in the place of `gate` where nothing is kept for a backward pass: no fresh memory to be cleared."""
+    import torch
+
+    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
 
 def inverse(order: Tensor) -> Tensor:

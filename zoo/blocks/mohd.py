@@ -12,7 +12,7 @@ from pydantic import Field
 
 from zoo import kernels
 from zoo.blocks.mlp import FeedForward
-from zoo.blocks.moe import Coefficient, Scores, imbalance, normalized, scored, taken
+from zoo.blocks.moe import Coefficient, Scores, imbalance, normalized, scored, taken, times
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost, elementwise
@@ -120,11 +120,12 @@ class MixtureOfHiddenDimensions(FeedForward):
 
     def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
         routed, subdim, width = self.routed, self.subdim(scope), Axis("width", scope.width)
-        subdims, std = Axis("subdims", self.subdims), scope.init_std
-        blocks, active = (subdims, self.hidden_axis, subdim), Fraction(self.shared + self.top_k, self.subdims)
+        subdims, hidden, std = Axis("subdims", self.subdims), self.hidden_axis, scope.init_std
+        active = Fraction(self.shared + self.top_k, self.subdims)
         found = {"router": Parameter((routed, width), normal(std))}
-        found |= {name: Parameter(blocks, normal(std), active=active) for name in self.widening}
-        found["down"] = Parameter(blocks, normal(std / math.sqrt(scope.depth)), active=active)
+        found |= {name: Parameter((subdims, subdim, hidden), normal(std), active=active) for name in self.widening}
+        residual = normal(std / math.sqrt(scope.depth))
+        found["down"] = Parameter((subdims, hidden, subdim), residual, active=active)
         if self.fusion:
             found["fusion"] = Parameter((subdim, subdims, subdims), _identity, decay=False)
         return found
@@ -157,7 +158,7 @@ class MixtureOfHiddenDimensions(FeedForward):
             kind="fusion",
         )
         total = self.children_cost(scope, call) + router + blocks + sums + product + ends
-        peak = float((pairs * hidden + rows * (hidden * len(self.widening) + width)) * size)
+        peak = float((pairs * hidden * 2 + rows * (hidden * len(self.widening) + width)) * size)
         return replace(total + fusion if self.fusion else total, peak=peak)
 
     def forward(
@@ -192,19 +193,20 @@ class MixtureOfHiddenDimensions(FeedForward):
         picked = taken(rows.reshape(-1, subdim), parts) * weights[..., None].to(x.dtype)
 
         def widened(name: str) -> Tensor:
-            return kernels.subset_matmul(picked, getattr(module, name), active)
+            return kernels.subset_matmul(picked, getattr(module, name).mT, active)
 
-        h = module.activation(widened("gate")) * widened("up") if self.gated else module.activation(widened("up"))
+        h = module.activation(widened("gate" if self.gated else "up"))
+        h = times(h, widened("up")) if self.gated else h
         y = kernels.subset_matmul(h, module.down, active, transposed=True).to(x.dtype)
         y = torch.zeros_like(rows).view(-1, subdim).index_copy(0, parts.flatten(), y.flatten(0, 1))
         return (self._fused(module, y.view_as(rows)) if self.fusion else y).reshape(x.shape), None
 
     def _fused(self, module: Any, y: Tensor) -> Tensor:
-        """The sub-dimensions of `y` `[rows, width]` mixed, with the rows innermost: all are mixed alike."""
+        """The sub-dimensions of `y` `[rows, width]` mixed, rows innermost, as all meet the same matrices."""
         import torch
 
         channels = y.t().contiguous().view(self.subdims, -1, len(y)).transpose(0, 1)
-        return torch.bmm(module.fusion, channels).transpose(0, 1).reshape(y.shape[1], len(y)).t()
+        return torch.bmm(module.fusion, channels).transpose(0, 1).reshape(y.shape[1], len(y)).t().contiguous()
 
 
 def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:

@@ -7,7 +7,7 @@ subset. Where such runs are too short to pay for laying blocks together, each bl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
+from zoo.kernels.grouped.operators import empty_gradient
 from zoo.kernels.work import subset_matmul_flops
 
 LEAST_RUN = 24
@@ -55,6 +56,8 @@ def _subset_parts(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     out = x.new_empty(*subsets.shape, weight.shape[2])
     runs = _runs(subsets, weight)
     if _long(runs):
+        # Deep products are faster on weights by rows, by more than it takes to transpose each block once.
+        weight = weight.contiguous()
         flat = out.flatten(1)
         for low, high, joined in _joined(runs, weight):
             torch.mm(x[low:high], joined, out=flat[low:high])
@@ -67,16 +70,15 @@ def _subset_parts(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
 @torch.library.custom_op("zoo::subset_outer", mutates_args=())
 def _subset_outer(wide: Tensor, narrow: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     """The gradient of `weight`, of which no number is read: for each block the sum of its rows' outer products."""
-    out = torch.zeros_like(weight)
+    out = empty_gradient(weight).zero_()
     runs = _runs(subsets, weight)
     if _long(runs):
-        taken, width = narrow.shape[1:]
-        narrow, next_blocks = narrow.flatten(1), [*(run.blocks for run in runs[1:]), [-1] * taken]
-        joined = weight.new_zeros(weight.shape[1], taken * width)
-        parts = joined.split(width, dim=1) if joined.numel() else ()
-        for (low, high, blocks), after in zip(runs, next_blocks, strict=True):
+        narrow, none = narrow.flatten(1), [-1] * subsets.shape[1]
+        joined, parts = _side_by_side(weight, subsets.shape[1])
+        joined.zero_()
+        for (low, high, blocks), after in zip_longest(runs, runs[1:]):
             joined.addmm_(wide[low:high].T, narrow[low:high])
-            for part, block, following in zip(parts, blocks, after):
+            for part, block, following in zip(parts, blocks, after.blocks if after else none):
                 if block != following:
                     out[block].add_(part)
                     part.zero_()
@@ -104,16 +106,23 @@ def _long(runs: list[Run]) -> bool:
 
 def _joined(runs: list[Run], weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Ends of each run, and its blocks side by side, `[outputs, taken * width]`, in memory that the next one reuses."""
-    _, outputs, width = weight.shape
-    taken = len(runs[0].blocks) if runs else 0
-    joined, held = weight.new_empty(outputs, taken * width), [-1] * taken
-    parts = joined.split(width, dim=1) if taken and width else ()
+    joined, parts = _side_by_side(weight, len(runs[0].blocks) if runs else 0)
+    held: list[int] = [-1] * len(parts)
     for low, high, blocks in runs:
         for part, block, before in zip(parts, blocks, held):
             if block != before:
                 part.copy_(weight[block])
         held = blocks
         yield low, high, joined
+
+
+def _side_by_side(weight: Tensor, taken: int) -> tuple[Tensor, list[Tensor]]:
+    """Room for blocks in columns, laid out as `weight` is, and the part of each."""
+    _, outputs, width = weight.shape
+    by_rows = weight.stride(-1) == 1
+    joined = weight.new_empty((outputs, taken * width) if by_rows else (taken * width, outputs))
+    joined = joined if by_rows else joined.T
+    return joined, [joined[:, slot * width : (slot + 1) * width] for slot in range(taken)]
 
 
 def _takers(subsets: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -138,7 +147,7 @@ def _(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
 @_subset_outer.register_fake
 def _(wide: Tensor, narrow: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     del wide, narrow, subsets
-    return torch.empty_like(weight)
+    return empty_gradient(weight)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
