@@ -158,7 +158,7 @@ class MixtureOfHiddenDimensions(FeedForward):
             kind="fusion",
         )
         total = self.children_cost(scope, call) + router + blocks + sums + product + ends
-        peak = float((pairs * hidden * 2 + rows * (hidden * len(self.widening) + width)) * size)
+        peak = float((pairs * hidden + rows * (hidden * len(self.widening) + width)) * size)
         return replace(total + fusion if self.fusion else total, peak=peak)
 
     def forward(
