@@ -132,7 +132,7 @@ def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
     table = [
         [
             _called(row),
-            _time(row["median"]) if row["failure"] is None else "failed",
+            _time(row["median"]) if row["failure"] is None else "no memory",
             _time(row["low"]),
             _time(row["high"]),
             _shown(row["per_second"], "count"),
@@ -163,7 +163,10 @@ def _print_predicted(rows: list[dict[str, Any]], bound_by: str | None) -> None:
 
 
 def _ratio(value: float | None, measured: float | None) -> str:
-    return "" if value is None or not measured else f"{value / measured:.2g}"
+    if value is None or not measured:
+        return ""
+    ratio = value / measured
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def _percent(share: float | None) -> str:
