@@ -78,9 +78,10 @@ def test_what_an_operator_needs_inside_counts() -> None:
 
 def test_a_backward_pass_holds_what_it_needs() -> None:
     batch, width = 256, 128
-    layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
+    linears = [nn.Linear(width, width, bias=False) for _ in range(4)]
+    layers = nn.Sequential(*linears)
     x = torch.ones(batch, width)
-    weights = [layer.weight for layer in layers]
+    weights = [linear.weight for linear in linears]
     rows, square = 4 * batch * width, 4 * width * width
 
     def step() -> None:

@@ -162,6 +162,7 @@ def bench(
     ] = None,
     dtype: Dtype = "float32",
     phases: Annotated[str, typer.Option(help="What to measure.")] = "train,prefill,decode",
+    predict: Annotated[bool, typer.Option(help="Also the latency that this device's calibration predicts.")] = False,
     roofline: Annotated[
         str | None, typer.Option(help="Also the least time on a device and the share of its peak; see `zoo device`.")
     ] = None,
@@ -170,10 +171,12 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure a model: training step, prefill, decoding and peak memory, against what was counted."""
+    """Measure a model: training step, prefill, decoding and peak memory, against what was counted and predicted."""
     from zoo.cli.bench import bench_model
 
-    raise typer.Exit(bench_model(spec, device, batch, seq, past, dtype, phases, roofline, threads, repeats, out, json))
+    raise typer.Exit(
+        bench_model(spec, device, batch, seq, past, dtype, phases, predict, roofline, threads, repeats, out, json)
+    )
 
 
 @app.command()

@@ -26,6 +26,7 @@ def bench_model(
     past: str | None,
     dtype: str,
     phases: str,
+    predict: bool,
     bound_by: str | None,
     threads: int | None,
     repeats: int,
@@ -35,7 +36,9 @@ def bench_model(
     """Measure a spec and say what came out; returns the exit code."""
     import zoo
     from zoo.device import resolve_device
+    from zoo.hardware.predictor import PredictedLatency
     from zoo.hardware.profile import load_profile
+    from zoo.hardware.store import find_predictor
     from zoo.spec.document import load
     from zoo.train.bench import Request, bench, facts, fixed_tokens, plan
 
@@ -51,10 +54,11 @@ def bench_model(
     profile = None if bound_by is None else load_profile(bound_by)
     machine = resolve_device(device, threads)
     plan(spec, machine, request, profile=profile)
+    predictor = PredictedLatency(find_predictor(machine.name, dtype, threads)) if predict else None
     if out is not None and not out.parent.is_dir():
         raise ZooError(f"cannot write {out}: there is no folder {out.parent}; make it first")
     with _live(spec.name or name) as progress:
-        report = bench(spec, machine, request, profile=profile, progress=progress)
+        report = bench(spec, machine, request, profile=profile, predictor=predictor, progress=progress)
     unit = "tokens" if fixed_tokens(spec.fill()) is None else "images"
     found = {
         "spec": spec.name or name,
@@ -128,7 +132,7 @@ def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
     table = [
         [
             _called(row),
-            _time(row["median"]) if row["failure"] is None else "failed",
+            _time(row["median"]) if row["failure"] is None else "no memory",
             _time(row["low"]),
             _time(row["high"]),
             _shown(row["per_second"], "count"),
@@ -159,7 +163,10 @@ def _print_predicted(rows: list[dict[str, Any]], bound_by: str | None) -> None:
 
 
 def _ratio(value: float | None, measured: float | None) -> str:
-    return "" if value is None or not measured else f"{value / measured:.2g}"
+    if value is None or not measured:
+        return ""
+    ratio = value / measured
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def _percent(share: float | None) -> str:

@@ -15,7 +15,7 @@ from zoo.device import Device
 from zoo.errors import OutOfMemoryError, ZooError, did_you_mean, memory_explained
 from zoo.hardware.profile import Profile
 from zoo.hardware.roofline import roofline
-from zoo.latency import Case, Clock, Context, LatencyFigure, LatencySource, Timing, measure, pinned_threads
+from zoo.latency import Case, Clock, Context, LatencyFigure, LatencySource, Timing, kept_memory, measure, pinned_threads
 from zoo.quantity import format_quantity
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Item:
 
     tokens: of each sequence, in training and prefill; those behind which one more is decoded. handled: tokens, or
     images, that one call handles. flops: of matrix products. counted_memory: bytes held at once. bound: the least
-    seconds that a profile allows, `roofline` for passes without gradients; a training step takes no less than its
-    forward pass, nor than its products at the peak rate. predicted: what a predictor says.
+    seconds that a profile allows, of `roofline`; the optimizer is left out. predicted: what a predictor says, which
+    knows passes without gradients.
     """
 
     phase: Phase
@@ -266,15 +266,14 @@ def _item(
         flops, memory = counted["flops"], counted["weights"] + counted["activations"]
     else:
         flops, memory = counted["train_flops"], counted["train_memory"]
-    pass_ = "decode" if decoding else "forward"
     bound = None
     if profile is not None:
-        bound = sum(part.seconds for part in roofline(spec, work, profile, pass_))
-        bound = max(bound, flops / profile.rate(dtype)) if phase == "train" else bound
+        timed = "train" if phase == "train" else "decode" if decoding else "forward"
+        bound = sum(part.seconds for part in roofline(spec, work, profile, timed))
     predicted = None
     if predictor is not None and phase != "train":
         context = Context(request.batch, tokens, tokens, dtype)
-        predicted = predictor.latency(spec, context, pass_)
+        predicted = predictor.latency(spec, context, "decode" if decoding else "forward")
     images = fixed_tokens(spec) is not None
     handled = request.batch * (1 if decoding or images else tokens)
     return Item(phase, tokens, handled, flops, memory, bound, predicted)
@@ -298,7 +297,11 @@ class _Session:
             sizes = [format_quantity(size, "bytes") for size in (item.counted_memory, have)]
             return Row(item, failure=f"out of memory: counted to take {sizes[0]} of {sizes[1]}")
         try:
-            with pinned_threads(self.device.threads), memory_explained(f"measuring {item.name}", LESS_MEMORY):
+            with (
+                kept_memory(),
+                pinned_threads(self.device.threads),
+                memory_explained(f"measuring {item.name}", LESS_MEMORY),
+            ):
                 return self._measured(item)
         except OutOfMemoryError as error:
             # The error's traceback holds what filled the memory.
