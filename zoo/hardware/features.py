@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from zoo.cost import Cost, Operator
+from zoo.cost import Operator
 
 Phase = Literal["forward", "decode", "train"]
 PHASES: tuple[Phase, ...] = ("forward", "decode", "train")
@@ -44,8 +44,3 @@ def features(operators: Iterable[Operator], phase: Phase = "forward") -> dict[st
                 name = f"{piece.kind}.{term}"
                 found[name] = found.get(name, 0.0) + amount * piece.calls
     return found
-
-
-def cost_features(cost: Cost, phase: Phase = "forward") -> dict[str, float]:
-    """The features of a call's cost."""
-    return features(cost.operators, phase)
