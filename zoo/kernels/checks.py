@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -43,14 +44,23 @@ def positive(primitive: str, name: str, value: float | None) -> None:
         fail(primitive, f"{name} is {value}, expected a number above 0")
 
 
-def floats(primitive: str, *, or_complex: bool = False, **tensors: Tensor | None) -> None:
-    """Require numbers of a dtype that is computed with, real unless `or_complex`; None is skipped."""
+def floats(primitive: str, **tensors: Tensor | None) -> None:
+    """Require real numbers of a dtype that is computed with; None is skipped."""
+    _computed(primitive, FLOATS, tensors)
+
+
+def floats_or_complex(primitive: str, **tensors: Tensor | None) -> None:
+    """Require numbers of a dtype that is computed with; None is skipped."""
+    _computed(primitive, FLOATS + COMPLEX, tensors)
+
+
+def _computed(primitive: str, dtypes: tuple[torch.dtype, ...], tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         is_tensor(primitive, name, tensor)
-        if tensor.dtype not in FLOATS and not (or_complex and tensor.dtype in COMPLEX):
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS + COMPLEX * or_complex)
+        if tensor.dtype not in dtypes:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             fail(primitive, f"{name} has dtype {tensor.dtype}, expected one of {allowed}")
 
 

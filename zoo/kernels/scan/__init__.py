@@ -200,7 +200,7 @@ def diagonal_scan(
     if state is not None:
         checks.shape(name, "state", state, "batch, channels", (batch, channels))
     packing.check(name, segments, batch, tokens)
-    checks.floats(name, or_complex=True, x=x, decay=decay, state=state)
+    checks.floats_or_complex(name, x=x, decay=decay, state=state)
     checks.one_device(name, x=x, decay=decay, state=state, segments=segments)
     if decay.is_complex() or (state is not None and state.is_complex()):
         x = x.to(torch.promote_types(x.dtype, torch.complex64))
