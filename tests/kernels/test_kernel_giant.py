@@ -70,7 +70,8 @@ def last_programs(count: int) -> Iterator[None]:
         grid = self.grid
 
         def last(given: Any) -> tuple[int, ...]:
-            whole[:] = (*(grid(given) if callable(grid) else grid), 1, 1)[:3]
+            found: tuple[int, ...] = grid(given) if callable(grid) else grid  # type: ignore[assignment]
+            whole[:] = (*found, 1, 1)[:3]
             first[0] = max(0, whole[0] - count)
             return min(count, whole[0]), *whole[1:]
 
