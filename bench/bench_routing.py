@@ -35,7 +35,6 @@ SLICE_EXTRA, MIXED, ROUTED = 0.05, 1.1, 1.15
 REPEATS = 9
 
 Run = Callable[[], Tensor]
-"""A forward pass, of which the gradients of everything are wanted."""
 
 
 def medians(runs: Mapping[str, Run], backward: bool) -> dict[str, float]:
