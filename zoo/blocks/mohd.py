@@ -199,14 +199,10 @@ class MixtureOfHiddenDimensions(FeedForward):
         h = times(h, widened("up")) if self.gated else h
         y = kernels.subset_matmul(h, module.down, active, transposed=True).to(x.dtype)
         y = torch.zeros_like(rows).view(-1, subdim).index_copy(0, parts.flatten(), y.flatten(0, 1))
-        return (self._fused(module, y.view_as(rows)) if self.fusion else y).reshape(x.shape), None
-
-    def _fused(self, module: Any, y: Tensor) -> Tensor:
-        """The sub-dimensions of `y` `[rows, width]` mixed, rows innermost, as all meet the same matrices."""
-        import torch
-
-        channels = y.t().contiguous().view(self.subdims, -1, len(y)).transpose(0, 1)
-        return torch.bmm(module.fusion, channels).transpose(0, 1).reshape(y.shape[1], len(y)).t().contiguous()
+        y = y.view_as(rows)
+        if self.fusion:
+            y = kernels.block_diagonal_matmul(y, module.fusion.mT, interleaved=True)
+        return y.reshape(x.shape), None
 
 
 def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:

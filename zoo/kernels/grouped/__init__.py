@@ -252,11 +252,12 @@ def sort_by_subset(subsets: Tensor, blocks: int) -> Tensor:
     return key.sort(stable=True).indices
 
 
-def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def block_diagonal_matmul(x: Tensor, weight: Tensor, *, interleaved: bool = False) -> Tensor:
     """`x @ diag(weight_0, weight_1, ...)`: each part of the last dimension meets a matrix of its own.
 
     `x` is `[..., blocks * input_width]`, `weight` `[blocks, input_width, output_width]`; the result is `[..., blocks *
-    output_width]`. Differentiable once. Under autocast both operands are cast to its dtype.
+    output_width]`. If `interleaved`, block `j` has the channels `j, j + blocks, j + 2 blocks, ...` of both instead of
+    adjoining ones. Differentiable once. Under autocast both operands are cast to its dtype.
 
     `O(rows blocks input_width output_width)`, a `blocks`-th of the whole matrix. Raises `ZooError` for shapes, dtypes
     and devices that do not fit. Source: Dao et al. 2022, arXiv 2204.00595 (one factor of a Monarch matrix).
@@ -270,7 +271,7 @@ def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
         checks.fail(name, f"x has shape {list(x.shape)}, expected {expected} for weight {list(weight.shape)}")
     checks.one_device(name, x=x, weight=weight)
     x, weight = _one_dtype(name, x, weight)
-    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight)
+    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight, interleaved)
 
 
 def _one_dtype(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,10 @@ def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) 
     return torch.einsum("rbi,boi->ro", torch.einsum("rtb,rti->rbi", takes, x), weight)
 
 
-def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def block_diagonal_matmul(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        parts = x.unflatten(-1, (weight.shape[1], weight.shape[0])).unbind(-1)
+        return torch.stack([part @ block for part, block in zip(parts, weight)], dim=-1).flatten(-2)
     parts = x.unflatten(-1, (weight.shape[0], weight.shape[1])).unbind(-2)
     return torch.cat([part @ block for part, block in zip(parts, weight)], dim=-1)
 
