@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoo import kernels
 from zoo.errors import ZooError
-from zoo.kernels.convolution.torch_path import _transform_length
+from zoo.kernels.work import transform_length
 
 
 def inputs(batch: int = 2, tokens: int = 11, channels: int = 3, length: int = 11, past: int = 4) -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_lengths_of_transforms() -> None:
         return number == 1
 
     for least in range(1, 300):
-        assert _transform_length(least) == next(size for size in range(least, 2 * least + 1) if smooth(size))
+        assert transform_length(least) == next(size for size in range(least, 2 * least + 1) if smooth(size))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -53,12 +53,82 @@ def test_recurrence(device: str, tokens: int, decays: bool) -> None:
         assert counted == work.recurrence_flops(2, tokens, 2, 6, 3, 5, chunk=chunk)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 100])
+def test_recurrence_with_a_decay_for_each_channel(tokens: int) -> None:
+    v = torch.randn(2, tokens, 6, 5)
+    for groups in (2, 6):
+        q, k = (torch.randn(2, tokens, 2, 3) for _ in range(2))
+        log_decay = -torch.rand(2, tokens, groups, 3)
+        counted = counted_flops(kernels.recurrence, q, k, v, log_decay=log_decay, chunk=16)
+        assert counted == work.recurrence_flops(2, tokens, groups, 6, 3, 5, chunk=16, channels=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("decay", [None, (2, -1, 6), (2, -1, 2, 3)])
+def test_backward_of_recurrence(tokens: int, decay: tuple[int, ...] | None) -> None:
+    q, k = (torch.randn(2, tokens, 2, 3, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, tokens, 6, 5, requires_grad=True)
+    log_decay = None if decay is None else (-torch.rand(decay[0], tokens, *decay[2:])).requires_grad_()
+    out, _ = kernels.recurrence(q, k, v, log_decay=log_decay, chunk=16)
+    expected = work.recurrence_backward_flops(
+        2, tokens, 2, 6, 3, 5, chunk=16, channels=decay is not None and len(decay) == 4
+    )
+    assert counted_flops(out.sum().backward) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 16, 40])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_delta_rule(device: str, tokens: int, steps: int) -> None:
+    q = torch.randn(2, tokens, 2, 3, device=device)
+    k = torch.randn(2, tokens * steps, 2, 3, device=device)
+    v, beta = torch.randn(2, tokens * steps, 6, 5, device=device), torch.rand(2, tokens * steps, 6, device=device)
+    counted = counted_flops(kernels.delta_rule, q, k, v, beta, steps=steps, chunk=16)
+    assert counted == work.delta_rule_flops(2, tokens, 2, 6, 3, 5, steps=steps, chunk=16)
+
+
+def test_systems_of_the_delta_rule() -> None:
+    """A chunk of two steps has one entry below the diagonal, so one multiplication and one addition a column."""
+    assert work.delta_rule_solve(1, 4, 1, 5, chunk=2) == 2 * 2 * 5
+    assert work.delta_rule_solve(1, 2, 1, 5, steps=2, chunk=2) == 2 * 2 * 5
+    assert work.delta_rule_solve(1, 1, 1, 5) == 0
+
+
+def test_spectra() -> None:
+    """Two rows of 5 tokens and filters of 3 need transforms of 7 rounded up to 8: five for the two inputs, their two
+    outputs and the filter, with 8 log2 8 times 2.5, and 5 products of spectra for each row.
+    """
+    x, filters = torch.randn(2, 5, 1), torch.randn(1, 3)
+    assert counted_flops(kernels.long_convolution, x, filters) == work.long_convolution_flops(2, 5, 1, 3) == 0
+    assert work.long_convolution_pointwise(2, 5, 1, 3) == 5 * 60 + 6 * 2 * 5
+    assert work.long_convolution_pointwise(2, 0, 1, 3) == 0
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_linear_cross_entropy(wanted: int) -> None:
+    x, weight = torch.randn(6, 4, requires_grad=wanted > 0), torch.randn(5, 4, requires_grad=wanted > 1)
+    targets = torch.tensor([0, 1, 2, 3, 4, 0])
+    counted = counted_flops(kernels.linear_cross_entropy, x, weight, targets)
+    assert counted == work.linear_cross_entropy_flops(6, 4, 5, gradients=wanted)
+    loss = kernels.linear_cross_entropy(x, weight, targets)
+    assert wanted == 0 or counted_flops(loss.backward) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_block_diagonal_matmul(device: str) -> None:
+    x, weight = torch.randn(2, 5, 12, device=device), torch.randn(3, 4, 6, device=device)
+    counted = counted_flops(kernels.block_diagonal_matmul, x, weight)
+    assert counted == work.block_diagonal_matmul_flops(10, 3, 4, 6)
+
+
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_element_wise_primitives(tokens: int) -> None:
     x, delta = torch.randn(2, tokens, 6), torch.rand(2, tokens, 6)
     B = torch.randn(2, tokens, 4)
     counted = counted_flops(kernels.selective_scan, x, delta, -torch.rand(6, 4), B, B)
     assert counted == work.selective_scan_flops(2, tokens, 6, 4)
+    assert counted_flops(kernels.diagonal_scan, x, delta) == work.diagonal_scan_flops(2, tokens, 6) == 0
+    assert work.diagonal_scan_pointwise(2, tokens, 6) == 24 * tokens
     counted = counted_flops(kernels.causal_convolution, x, torch.randn(6, 4))
     assert counted == work.causal_convolution_flops(2, tokens, 6, 4) == 0
 

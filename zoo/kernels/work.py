@@ -7,6 +7,8 @@ primitive is computed live here too, and the PyTorch paths read them from here, 
 
 from __future__ import annotations
 
+from math import log2
+
 CHUNK = 64
 """Tokens that the recurrence computes together, unless the caller says otherwise."""
 
@@ -52,18 +54,103 @@ def attention_flops(
 
 
 def recurrence_flops(
-    batch: int, tokens: int, groups: int, heads: int, key_dim: int, value_dim: int, *, chunk: int = CHUNK
+    batch: int,
+    tokens: int,
+    groups: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk: int = CHUNK,
+    channels: bool = False,
 ) -> int:
     """Matrix products of `recurrence`: for each chunk `q k^T` per group, its product with the values, the chunk's
     update of the state, and the product of the queries with the state that enters. A step has only the last.
+
+    With a decay for each of the `channels` of the keys, `groups` counts what decays differently, and where the decays
+    of a chunk are mild, sums of their logarithms are one more product.
     """
     if tokens == 0:
         return 0
     if tokens == 1:
         return 2 * batch * heads * key_dim * value_dim
+    within, across, sums, chunks = _of_a_chunk(batch, tokens, groups, heads, key_dim, value_dim, chunk)
+    return chunks * (within + 2 * across + channels * sums)
+
+
+def recurrence_backward_flops(
+    batch: int,
+    tokens: int,
+    groups: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk: int = CHUNK,
+    channels: bool = False,
+) -> int:
+    """Matrix products of the backward pass of `recurrence`, whose chunks are computed one after another.
+
+    Two for each product forward, but that nothing asks for the gradient of a state given or returned: the first chunk
+    reads a state without one, and the last one's update of the state is not used. Sums of decays have one.
+    """
+    if tokens <= 1:
+        return 2 * recurrence_flops(batch, tokens, groups, heads, key_dim, value_dim)
+    within, across, sums, chunks = _of_a_chunk(batch, tokens, groups, heads, key_dim, value_dim, chunk)
+    return chunks * (2 * within + channels * sums) + (4 * chunks - 3) * across
+
+
+def _of_a_chunk(
+    batch: int, tokens: int, groups: int, heads: int, key_dim: int, value_dim: int, chunk: int
+) -> tuple[int, int, int, int]:
+    """Of a recurrence: products between a chunk's tokens, of its tokens with a state, and for sums; and the chunks."""
     chunk = min(chunk, tokens)
-    padded = -(-tokens // chunk) * chunk
-    return 2 * batch * padded * (chunk * (groups * key_dim + heads * value_dim) + 2 * heads * key_dim * value_dim)
+    keys = 2 * batch * chunk * chunk * groups * key_dim
+    values = 2 * batch * chunk * chunk * heads * value_dim
+    return keys + values, 2 * batch * chunk * heads * key_dim * value_dim, keys, -(-tokens // chunk)
+
+
+def delta_rule_flops(
+    batch: int,
+    tokens: int,
+    groups: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    steps: int = 1,
+    chunk: int = CHUNK,
+) -> int:
+    """Matrix products of `delta_rule`: for each chunk keys and queries with keys per group, and for each head what the
+    keys and the queries read from the state, the product with the updates, and the state's update.
+
+    The triangular system of a chunk is none of them, as `torch.utils.flop_counter` counts no solutions of systems;
+    see `delta_rule_solve`. A token alone reads the state once for each of its `steps` and once for its output.
+    """
+    if tokens == 0:
+        return 0
+    if tokens == 1:
+        return 2 * batch * heads * (steps + 1) * key_dim * value_dim
+    chunk, rows, chunks = _delta_chunk(tokens, steps, chunk)
+    scores = groups * (rows + chunk) * rows * key_dim
+    of_state = (2 * rows + chunk) * key_dim * value_dim
+    return 2 * batch * chunks * (scores + heads * (of_state + chunk * rows * value_dim))
+
+
+def delta_rule_solve(batch: int, tokens: int, heads: int, value_dim: int, *, steps: int = 1, chunk: int = CHUNK) -> int:
+    """Operations of the triangular systems of `delta_rule`, a multiplication and an addition for each entry below the
+    diagonal and column.
+    """
+    if tokens <= 1:
+        return 0
+    _, rows, chunks = _delta_chunk(tokens, steps, chunk)
+    return batch * heads * chunks * rows * (rows - 1) * value_dim
+
+
+def _delta_chunk(tokens: int, steps: int, chunk: int) -> tuple[int, int, int]:
+    """Tokens of a chunk, its steps, and how many chunks there are."""
+    chunk = min(max(1, chunk // steps), tokens)
+    return chunk, chunk * steps, -(-tokens // chunk)
 
 
 def selective_scan_flops(batch: int, tokens: int, channels: int, state_dim: int) -> int:
@@ -76,6 +163,17 @@ def selective_scan_pointwise(batch: int, tokens: int, channels: int, state_dim: 
     update's two products, a multiplication and an addition for the state, and two for the output.
     """
     return 8 * batch * tokens * channels * state_dim
+
+
+def diagonal_scan_flops(batch: int, tokens: int, channels: int) -> int:
+    """Matrix products of `diagonal_scan`: none."""
+    del batch, tokens, channels
+    return 0
+
+
+def diagonal_scan_pointwise(batch: int, tokens: int, channels: int) -> int:
+    """Element-wise operations of `diagonal_scan`: a multiplication and an addition for each token and channel."""
+    return 2 * batch * tokens * channels
 
 
 def causal_convolution_flops(batch: int, tokens: int, channels: int, kernel: int) -> int:
@@ -97,3 +195,45 @@ def grouped_matmul_flops(rows: int, input_width: int, output_width: int) -> int:
 def subset_matmul_flops(rows: int, taken: int, output_width: int, input_width: int) -> int:
     """Matrix products of `subset_matmul`: every row meets the blocks that it takes."""
     return 2 * rows * taken * output_width * input_width
+
+
+def block_diagonal_matmul_flops(rows: int, blocks: int, input_width: int, output_width: int) -> int:
+    """Matrix products of `block_diagonal_matmul`, the widths being a block's."""
+    return 2 * rows * blocks * input_width * output_width
+
+
+def linear_cross_entropy_flops(rows: int, width: int, vocab: int, *, gradients: int = 0) -> int:
+    """Matrix products of `linear_cross_entropy`: the logits, and along with them those of the `gradients` of `x` and
+    `weight` that are asked for. The backward pass of a sum or a mean has none.
+    """
+    return 2 * (1 + gradients) * rows * width * vocab
+
+
+def transform_length(least: int) -> int:
+    """The next length from `least` on that has no prime factor above 5, which Fourier transforms are fast for."""
+    best = 1 << (least - 1).bit_length()
+    fives = 1
+    while fives < best:
+        threes = fives
+        while threes < best:
+            best = min(best, threes << max(0, (-(-least // threes) - 1).bit_length()))
+            threes *= 3
+        fives *= 5
+    return best
+
+
+def long_convolution_flops(batch: int, tokens: int, channels: int, length: int) -> int:
+    """Matrix products of `long_convolution`: none, it multiplies spectra."""
+    del batch, tokens, channels, length
+    return 0
+
+
+def long_convolution_pointwise(batch: int, tokens: int, channels: int, length: int) -> int:
+    """Operations of `long_convolution` with filters of `length`: the usual `2.5 n log2 n` for each real transform of
+    `n` numbers, of inputs, filters and outputs, and six for each product of two complex numbers.
+    """
+    if not batch * tokens * channels:
+        return 0
+    size = transform_length(tokens + min(length, tokens) - 1)
+    transforms = (2 * batch + 1) * channels
+    return round(transforms * 2.5 * size * log2(size)) + 6 * batch * channels * (size // 2 + 1)

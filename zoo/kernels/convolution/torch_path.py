@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
 from zoo.kernels.segments import runs
+from zoo.kernels.work import transform_length
 
 
 def causal_convolution(
@@ -84,26 +85,13 @@ class _Layout:
         return (tokens if self.places is None else tokens[self.places]).contiguous()
 
 
-def _transform_length(least: int) -> int:
-    """The next length from `least` on that has no prime factor above 5."""
-    best = 1 << (least - 1).bit_length()
-    fives = 1
-    while fives < best:
-        threes = fives
-        while threes < best:
-            best = min(best, threes << max(0, (-(-least // threes) - 1).bit_length()))
-            threes *= 3
-        fives *= 5
-    return best
-
-
 @torch.library.custom_op("zoo::long_convolution", mutates_args=())
 def _long(x: Tensor, filters: Tensor, run: Tensor | None) -> Tensor:
     if not x.numel():
         return x.new_zeros(x.shape)
     layout = _Layout(x, run)
     filters = filters[:, : layout.length]
-    size = _transform_length(layout.length + filters.shape[1] - 1)
+    size = transform_length(layout.length + filters.shape[1] - 1)
     spectrum = torch.fft.rfft(layout.rows(x), size) * torch.fft.rfft(filters, size)
     return layout.tokens(torch.fft.irfft(spectrum, size))
 
@@ -121,7 +109,7 @@ def _long_backward(grad: Tensor, x: Tensor, filters: Tensor, run: Tensor | None)
         return x.new_zeros(x.shape), filters.new_zeros(filters.shape)
     layout = _Layout(x, run)
     reach = min(filters.shape[1], layout.length)
-    size = _transform_length(layout.length + reach - 1)
+    size = transform_length(layout.length + reach - 1)
     spectrum = torch.fft.rfft(layout.rows(grad), size)
     of_filters = (spectrum * torch.fft.rfft(layout.rows(x), size).conj()).sum(0)
     of_x = spectrum * torch.fft.rfft(filters[:, :reach], size).conj()

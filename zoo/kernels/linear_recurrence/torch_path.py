@@ -124,55 +124,64 @@ def _in_chunks(
     within = [False] * count if begins is None else begins.unflatten(1, (-1, chunk)).any(2).any(0).tolist()
     earlier = q.new_ones(chunk, chunk).tril_()
     pieces: list[Any] = [[None] * count if x is None else x.split(chunk, 1) for x in (q, k, v, log_decay, run, begins)]
-    outputs = []
-    for begin_within, q_, k_, v_, decay, run_, begins_ in zip(within, *pieces, strict=True):
-        clamped = None if decay is None else _clamped(decay)
-        lowest = 0.0 if clamped is None else clamped.detach().sum(1).amin().item()
+    # Without gradients each output is laid where it belongs, so that a chunk's memory serves the next.
+    shape = (batch, tokens + padding, groups, heads // groups, value_dim)
+    whole = None if torch.is_grad_enabled() else v.new_empty(shape)
+    outputs = [] if whole is None else list(whole.split(chunk, 1))
+    for index, (begin_within, q_, k_, v_, decay, run_, begins_) in enumerate(zip(within, *pieces, strict=True)):
+        total = None if decay is None else _sums(decay, earlier)
+        # No number where a decay of a channel is minus infinity, which is not mild either.
+        lowest = 0.0 if total is None else total.detach()[:, -1].amin().item()
         if not begin_within and lowest >= -2 * MILD:
-            out, state = _mild_chunk(q_, k_, v_, clamped, state, scale, earlier, centred=lowest < -MILD)
+            out, state = _mild_chunk(q_, k_, v_, total, state, scale, centred=lowest < -MILD)
         else:
             out, state = together(q_, k_, v_, decay, state, run_, begins_, before)
             out = out.view(batch, chunk, groups, -1, value_dim)
-        outputs.append(out)
+        if whole is None:
+            outputs.append(out)
+        else:
+            outputs[index].copy_(out)
         before = None if run_ is None else run_[:, -1:]
-    return torch.cat(outputs, 1).view(batch, -1, heads, value_dim)[:, :tokens], state
+    whole = torch.cat(outputs, 1) if whole is None else whole
+    return whole.view(batch, -1, heads, value_dim)[:, :tokens], state
+
+
+def _sums(log_decay: Tensor, earlier: Tensor) -> Tensor:
+    """Sums of the logarithms of the decays up to each token of a chunk; `earlier` is a lower triangle of ones."""
+    if log_decay.detach().amax() > 0:
+        log_decay = log_decay.clamp(max=0)
+    if log_decay.dim() == 3:
+        return log_decay.cumsum(1)
+    # Sums over tokens are slow where channels are many.
+    return (earlier @ log_decay.flatten(2)).view(log_decay.shape)
 
 
 def _mild_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    earlier: Tensor,
-    *,
-    centred: bool,
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor | None, state: Tensor, scale: float, *, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """`out_i = f_i (sum_(j <= i) (q_i k_j) v_j / f_j + q_i S exp(middle))` with `f = exp(total - middle)`.
 
-    With a decay for each channel the factors are the queries' and the keys'. `earlier` is a lower triangle of ones;
-    `middle` is zero unless `centred`, which halves the range of the factors.
+    With a decay for each channel the factors are the queries' and the keys'. `middle` is zero unless `centred`, which
+    halves the range of the factors.
     """
     batch, chunk, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     per_group = heads // groups
     factor = entering = leaving = None
-    if log_decay is not None:
-        by_channel = log_decay.dim() == 4
-        # Sums over tokens are slow where channels are many.
-        total = (earlier @ log_decay.flatten(2)).view(log_decay.shape) if by_channel else log_decay.cumsum(1)
+    if total is not None:
+        by_channel = total.dim() == 4
         shape = (-1, groups, key_dim, 1, 1) if by_channel else (-1, groups, 1, per_group, 1)
         if centred:
             middle = (total[:, :1] + total[:, -1:]) / 2
             total, entering = total - middle, middle.exp().view(shape)
         factor = total.exp()
         leaving = factor[:, -1].view(shape)
+        # The gradient of a division by small factors would leave the range.
+        inverse = (-total).exp() if total.requires_grad else factor.reciprocal()
         if by_channel:
-            # The gradient of a division by small factors would leave the range.
-            q, k = q * factor, k * (-total).exp()
+            q, k = q * factor, k * inverse
         else:
-            v = v * (-total).exp().unsqueeze(-1)
+            v = v * inverse.unsqueeze(-1)
 
     def flat(x: Tensor, width: int) -> Tensor:
         return x.reshape(batch, chunk, groups, width).transpose(1, 2).reshape(batch * groups, chunk, width)
