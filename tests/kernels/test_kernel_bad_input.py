@@ -146,6 +146,12 @@ def route(draw: Draw, batch: int, tokens: int) -> Inputs:
     return {"scores": draw.normal(batch * tokens, 6)}
 
 
+def subset_matmul(draw: Draw, batch: int, tokens: int) -> Inputs:
+    rows = batch * tokens
+    subsets = torch.tensor([[0, 2], [1, 3]])[torch.arange(rows) * 2 // max(1, rows)]
+    return {"x": draw.normal(rows, 2, 16), "weight": draw.normal(4, 20, 16), "subsets": subsets}
+
+
 def norm(draw: Draw, batch: int, tokens: int) -> Inputs:
     return {
         "x": draw.normal(batch, tokens, 20),
@@ -199,6 +205,7 @@ SUBJECTS = (
     Subject("grouped_matmul", grouped_matmul),
     Subject("block_diagonal_matmul", block_diagonal_matmul, loose=("x",)),
     Subject("route", route, {"top_k": 2}),
+    Subject("subset_matmul", subset_matmul),
     Subject("rms_norm", norm),
     Subject("layer_norm", layer_norm),
     Subject("rotary", rotary),
