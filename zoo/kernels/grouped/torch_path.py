@@ -113,7 +113,7 @@ def _parts_of(x: Tensor, blocks: int) -> Tensor:
     return x.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
-_CHUNK = 256
+_CHUNK = 128
 """Rows that are turned over together: a chunk and what becomes of it stay in the cache."""
 
 
@@ -122,9 +122,7 @@ def _interleaved(x: Tensor, weight: Tensor) -> Tensor:
     blocks, _, outputs = weight.shape
     out = x.new_empty(x.shape[0], blocks * outputs)
     for part, given in zip(out.split(_CHUNK), x.split(_CHUNK)):
-        turned = x.new_empty(blocks * outputs, len(given))
-        torch.bmm(weight.mT, _turned(given, blocks), out=turned.view(outputs, blocks, len(given)).transpose(0, 1))
-        part.copy_(turned.T)
+        part.view(len(given), outputs, blocks).copy_(torch.bmm(weight.mT, _turned(given, blocks)).permute(2, 1, 0))
     return out
 
 
