@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: setup demo test kernels kernels-static lint types bench clean
+.PHONY: setup demo test kernels kernels-oldest kernels-newest kernels-static rivals lint types bench clean
 
 setup: $(STAMP)
 
@@ -34,8 +34,26 @@ test: setup
 kernels: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 
+# The oldest and the newest torch and Triton, each in an environment of its own. The interpreter of Triton 3.6 does not
+# know numpy 2.4.
+kernels-oldest: ENDS := torch==2.11.0 triton==3.6.0 'numpy<2.4'
+kernels-newest: ENDS := torch triton numpy
+kernels-oldest kernels-newest: kernels-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade $(ENDS) --editable '.[test]'
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal tests/kernels
+
 kernels-static: setup
 	$(BIN)/python -m bench.kernels_static
+
+# What bench.gpu compares with, in a folder to carry to a machine with a GPU: PYTHONPATH=rivals. Of mamba_ssm the Triton
+# path, without its CUDA extension, which the package would import.
+rivals: setup
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target rivals fla-core einops liger-kernel
+	$(BIN)/python -m pip install --quiet setuptools wheel packaging
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install --quiet --upgrade --no-deps \
+		--no-build-isolation --no-binary mamba-ssm --target rivals mamba-ssm packaging
+	: > rivals/mamba_ssm/__init__.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -48,5 +66,5 @@ bench: setup
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest rivals build dist runs .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

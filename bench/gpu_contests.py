@@ -1,12 +1,12 @@
 """What `bench.gpu` times: each kernel, and the public implementations of the same thing that are installed.
 
 Public implementations are asked for what ours computes, in their own layout. Those that are not installed are named in
-`missing`; PyTorch's own are always there.
+`missing`; PyTorch's own are always there. Without a GPU FlexAttention runs as it is, on one it is compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import kernels
+from zoo.kernels.cross_entropy.chunks import rows_of_chunk
 
 Run = Callable[[], Any]
 Rivals = tuple[dict[str, Run], tuple[str, ...]]
+NORM_SHARE = 0.9
+"""Of the measured copy bandwidth, which norms have to reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class Contest:
     """One thing to compute: ours, the rivals, and the least work that there is to it.
 
     bytes and flops: what has to be moved and multiplied at least. required: by rival, how many times faster ours has to
-    be. missing: rivals that are not installed.
+    be. required_share: of the device's own rate. most_bytes: what ours may hold at its peak beyond its inputs. missing:
+    rivals that are not installed.
     """
 
     primitive: str
@@ -37,15 +41,16 @@ class Contest:
     bytes: float = 0.0
     flops: float = 0.0
     required: dict[str, float] = field(default_factory=dict)
+    required_share: float | None = None
+    most_bytes: float | None = None
     missing: tuple[str, ...] = ()
 
 
-def contests(device: str, small: bool) -> Iterator[Contest]:
-    """All contests, forward and forward with backward, at the sizes of a GPU or tiny."""
+def contests(section: str, device: str, small: bool) -> Iterator[Contest]:
+    """The contests of a section, forward and forward with backward, at the sizes of a GPU or tiny."""
     torch.manual_seed(0)
-    makers = (attention, recurrences, deltas, scans, norms, cross_entropy, products)
-    for make in makers:
-        for backward in (False, True):
+    for backward in (False, True):
+        for make in SECTIONS[section]:
             yield from make(device, small, backward)
 
 
@@ -54,15 +59,16 @@ def drawn(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 
 def run(primitive: str, call: Callable[[], Any], inputs: Sequence[Tensor], backward: bool, ours: bool = True) -> Run:
-    """The call, with the gradients of its inputs if `backward`; our own by its Triton kernel."""
+    """The call, with the gradients of its inputs if `backward`, which gives what it computed; ours by its kernel."""
 
-    def once() -> None:
+    def once() -> tuple[Tensor | None, ...]:
         choice = {primitive: "triton"} if ours else {}
         with torch.set_grad_enabled(backward), kernels.use(**choice):
             found = call()
             out = found if isinstance(found, Tensor) else found[0]
-            if backward:
-                torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+            if not backward:
+                return (out,)
+            return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
 
     return once
 
@@ -72,20 +78,13 @@ def mode(backward: bool) -> str:
 
 
 def public(rival: str, path: str, call: Callable[[Any], Any], inputs: Sequence[Tensor], backward: bool) -> Rivals:
-    """A rival that calls the function at `path`, or the path as missing if it is not installed."""
+    """A rival that calls the function at `path`, or the rival as missing if it is not installed."""
     module, _, name = path.rpartition(".")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError):
-        return {}, (path,)
+        return {}, (rival,)
     return {rival: run("", lambda: call(function), inputs, backward, ours=False)}, ()
-
-
-@cache
-def flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def attention(device: str, small: bool, backward: bool) -> Iterator[Contest]:
@@ -106,9 +105,7 @@ def attention(device: str, small: bool, backward: bool) -> Iterator[Contest]:
         "ALiBi": lambda score, b, h, i, j: score - slopes[h] * (i - j),
     }
     for name, flag in flags.items():
-        rivals: dict[str, Run] = {}
-        if device != "cpu":
-            rivals["FlexAttention"] = _flex(q, k, v, changes[name], window if name == "window" else None, backward)
+        rivals = {"FlexAttention": _flex(q, k, v, changes[name], window if name == "window" else None, backward)}
         yield Contest(
             "attention",
             f"attention with {name}, {tokens} tokens, {heads} heads of {head_dim}, {mode(backward)}",
@@ -133,18 +130,25 @@ def attention(device: str, small: bool, backward: bool) -> Iterator[Contest]:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, change: Any, window: int | None, backward: bool) -> Run:
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    tokens = q.shape[1]
+    tokens, device = q.shape[1], q.device.type
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = i >= j
         return seen if window is None else seen & (i - j < window)
 
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=q.device.type)
+    @cache
+    def prepared() -> tuple[Any, Any]:
+        attend = flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=False)
+        return attend, create_block_mask(visible, None, None, tokens, tokens, device=device)
 
     def call() -> Tensor:
-        return flex()(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=change, block_mask=mask)
+        attend, mask = prepared()
+        # On a CPU it refuses tensors that want gradients, also where none are taken.
+        given = (q, k, v) if backward else (q.detach(), k.detach(), v.detach())
+        found = attend(*(x.transpose(1, 2) for x in given), score_mod=change, block_mask=mask)
+        return found.transpose(1, 2)
 
     return run("", call, (q, k, v), backward, False)
 
@@ -236,7 +240,8 @@ def scans(device: str, small: bool, backward: bool) -> Iterator[Contest]:
     inputs = (x, delta, B, C)
 
     def rival(one: Any) -> Tensor:
-        return one(*(each.transpose(1, 2) for each in (x, delta)), A, *(each.transpose(1, 2) for each in (B, C)))
+        found = one(*(each.transpose(1, 2) for each in (x, delta)), A, *(each.transpose(1, 2) for each in (B, C)))
+        return found.transpose(1, 2)
 
     path = "mamba_ssm.ops.selective_scan_interface.selective_scan_fn"
     rivals, missing = public("mamba_ssm", path, rival, inputs, backward)
@@ -250,18 +255,79 @@ def scans(device: str, small: bool, backward: bool) -> Iterator[Contest]:
     )
 
 
+def convolutions(device: str, small: bool, backward: bool) -> Iterator[Contest]:
+    tokens, channels, taps = (40, 24, 4) if small else (8192, 4096, 4)
+    x, weight = drawn(device, 1, tokens, channels), drawn(device, channels, taps)
+
+    def plain() -> Tensor:
+        return F.conv1d(F.pad(x.mT, (taps - 1, 0)), weight[:, None], groups=channels).mT
+
+    path = "causal_conv1d.causal_conv1d_fn"
+    rivals, missing = public("causal_conv1d", path, lambda one: one(x.mT, weight).mT, (x, weight), backward)
+    rivals["PyTorch"] = run("", plain, (x, weight), backward, ours=False)
+    yield Contest(
+        "causal_convolution",
+        f"causal convolution, {tokens} tokens, {channels} channels, {taps} taps, {mode(backward)}",
+        run("causal_convolution", lambda: kernels.causal_convolution(x, weight), (x, weight), backward),
+        rivals,
+        bytes=x.nbytes * (5.0 if backward else 2.0),
+        missing=missing,
+    )
+
+
 def norms(device: str, small: bool, backward: bool) -> Iterator[Contest]:
     rows, width = (9, 100) if small else (16384, 4096)
-    x, weight = drawn(device, rows, width), drawn(device, width)
+    x, residual, weight, bias = (drawn(device, *shape) for shape in ((rows, width), (rows, width), (width,), (width,)))
+    moved = x.nbytes * (5.0 if backward else 2.0)
     path, inputs = "liger_kernel.ops.rms_norm.LigerRMSNormFunction", (x, weight)
     rivals, missing = public("Liger", path, lambda one: one.apply(x, weight, 1e-6), inputs, backward)
-    rivals["PyTorch"] = run("", lambda: F.rms_norm(x, (width,), weight), inputs, backward, ours=False)
+    rivals["PyTorch"] = run("", lambda: F.rms_norm(x, (width,), weight, 1e-6), inputs, backward, ours=False)
     yield Contest(
         "rms_norm",
         f"RMSNorm, {rows} rows of {width}, {mode(backward)}",
-        run("rms_norm", lambda: kernels.rms_norm(x, weight), (x, weight), backward),
+        run("rms_norm", lambda: kernels.rms_norm(x, weight), inputs, backward),
         rivals,
-        bytes=x.nbytes * (5.0 if backward else 2.0),
+        bytes=moved,
+        required_share=NORM_SHARE,
+        missing=missing,
+    )
+    path, inputs = "liger_kernel.ops.layer_norm.LigerLayerNormFunction", (x, weight, bias)
+    rivals, missing = public("Liger", path, lambda one: one.apply(x, weight, bias, 1e-5), inputs, backward)
+    rivals["PyTorch"] = run("", lambda: F.layer_norm(x, (width,), weight, bias), inputs, backward, ours=False)
+    yield Contest(
+        "layer_norm",
+        f"LayerNorm, {rows} rows of {width}, {mode(backward)}",
+        run("layer_norm", lambda: kernels.layer_norm(x, weight, bias), inputs, backward),
+        rivals,
+        bytes=moved,
+        required_share=NORM_SHARE,
+        missing=missing,
+    )
+    path, inputs = "liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction", (x, residual, weight)
+    rivals, missing = public("Liger", path, lambda one: one.apply(x, residual, weight, 1e-6), inputs, backward)
+    yield Contest(
+        "rms_norm",
+        f"RMSNorm of a sum, {rows} rows of {width}, {mode(backward)}",
+        run("rms_norm", lambda: kernels.rms_norm(x, weight, residual=residual), inputs, backward),
+        rivals,
+        bytes=x.nbytes * (7.0 if backward else 4.0),
+        required_share=NORM_SHARE,
+        missing=missing,
+    )
+
+
+def activations(device: str, small: bool, backward: bool) -> Iterator[Contest]:
+    rows, width = (9, 100) if small else (16384, 8192)
+    inputs = gate, up = drawn(device, rows, width), drawn(device, rows, width)
+    path = "liger_kernel.ops.swiglu.LigerSiLUMulFunction"
+    rivals, missing = public("Liger", path, lambda one: one.apply(gate, up), inputs, backward)
+    rivals["PyTorch"] = run("", lambda: F.silu(gate) * up, inputs, backward, ours=False)
+    yield Contest(
+        "gated_activation",
+        f"SwiGLU, {rows} rows of {width}, {mode(backward)}",
+        run("gated_activation", lambda: kernels.gated_activation(gate, up), inputs, backward),
+        rivals,
+        bytes=gate.nbytes * (8.0 if backward else 3.0),
         missing=missing,
     )
 
@@ -282,6 +348,8 @@ def cross_entropy(device: str, small: bool, backward: bool) -> Iterator[Contest]
         run("linear_cross_entropy", lambda: kernels.linear_cross_entropy(x, weight, targets), inputs, True),
         rivals,
         flops=6.0 * rows * width * vocab,
+        # A chunk of logits in the inputs' dtype; the gradients, that of the weight in float32 as well.
+        most_bytes=1.05 * (2.0 * rows_of_chunk(rows, width, vocab, x) * vocab + x.nbytes + 3 * weight.nbytes),
         required={"PyTorch": 1 / 1.05},
         missing=missing,
     )
@@ -291,13 +359,13 @@ def products(device: str, small: bool, backward: bool) -> Iterator[Contest]:
     rows, width, hidden, groups = (60, 32, 48, 3) if small else (16384, 2048, 4096, 32)
     x, weight = drawn(device, rows, width), drawn(device, groups, hidden, width)
     cuts = torch.linspace(0, rows, groups + 1, device=device).long()
-    rivals: dict[str, Run] = {}
-    if device != "cpu":
-        ends = cuts[1:].int()
-        product: Any = torch._grouped_mm  # type: ignore[attr-defined]
-        rivals["torch._grouped_mm"] = run(
+    ends = cuts[1:].int()
+    product: Any = torch._grouped_mm  # type: ignore[attr-defined]
+    rivals = {
+        "torch._grouped_mm": run(
             "", lambda: product(x, weight.transpose(1, 2), offs=ends), (x, weight), backward, ours=False
         )
+    }
     yield Contest(
         "grouped_matmul",
         f"{groups} experts, {rows} rows of {width} to {hidden}, {mode(backward)}",
@@ -305,3 +373,16 @@ def products(device: str, small: bool, backward: bool) -> Iterator[Contest]:
         rivals,
         flops=2.0 * rows * width * hidden * (3 if backward else 1),
     )
+
+
+SECTIONS: Mapping[str, tuple[Callable[[str, bool, bool], Iterator[Contest]], ...]] = {
+    "attention": (attention,),
+    "recurrences": (recurrences,),
+    "deltas": (deltas,),
+    "scans": (scans,),
+    "convolutions": (convolutions,),
+    "norms": (norms,),
+    "activations": (activations,),
+    "cross_entropy": (cross_entropy,),
+    "products": (products,),
+}

@@ -65,6 +65,21 @@ def test_experts_count_in_part() -> None:
     assert one["embedding_params"] == 9 * 8
 
 
+def test_activations_are_what_the_allocator_records() -> None:
+    import torch
+
+    from zoo.testing.memory import peak_bytes
+
+    text = "width: 64\nstem: {type: token, vocab: 64}\nhead: language_model\n"
+    spec = parse(text + "body: {layers: [{repeat: 2, of: {mixer: {type: attention, heads: 4}, channel: glu}}]}\n")
+    model = zoo.build(spec, seed=0).eval()
+    inputs = model.example_inputs(2, 128)
+    with torch.inference_mode():
+        model(inputs)
+        found = peak_bytes(model, inputs)
+    assert metrics(spec, Workload(batch=2, seq=128))["activations"] == pytest.approx(found, rel=0.1)
+
+
 def test_an_unknown_dtype_is_told() -> None:
     with pytest.raises(ZooError, match=r"unknown dtype 'bf61'; did you mean 'bf16'\?"):
         metrics(load("tiny-bytes"), Workload(dtype="bf61"))

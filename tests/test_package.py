@@ -29,7 +29,7 @@ def layer(name: str) -> str:
     head = name.split(".")[0]
     if head == "errors":
         return "errors"
-    return head if head in LAYERS else "core"
+    return "cli" if head == "__main__" else head if head in LAYERS else "core"
 
 
 def imports(file: Path) -> set[str]:

@@ -7,11 +7,12 @@ A `Tally` holds what adds up over the parts of a model. A search adds the tallie
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
-from zoo.cost import Call
+from zoo.cost import STREAMS, Call
 from zoo.errors import ZooError, did_you_mean
 from zoo.registry import Role
 
@@ -57,14 +58,15 @@ class Workload:
         return Call(self.batch, 1, self.past, self.element_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(NamedTuple):
     """What a part of a model holds and takes under one workload; tallies of parts that follow each other add up.
 
     `depth` counts layers and `params` parameters; everything from `flops` on is in FLOPs or bytes as in
     `zoo.cost.Cost`.
     `state` is the state of the whole batch behind the last token, `state_token` what one more token of one sequence
-    adds.
+    adds. `kept` is what a training step with checkpointing keeps until the backward pass: the inputs of layers, and
+    what other parts save; `recomputed` is what a layer then needs at once. Everything adds up but `peak` and
+    `recomputed`, of which the largest count.
     """
 
     depth: int = 0
@@ -80,13 +82,17 @@ class Tally:
     decode_traffic: float = 0.0
     state: int = 0
     state_token: int = 0
+    kept: float = 0.0
     peak: float = 0.0
+    recomputed: float = 0.0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            *(mine + theirs for mine, theirs in zip(astuple(self)[:-1], astuple(other)[:-1], strict=True)),
-            peak=max(self.peak, other.peak),
-        )
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
+        """What both hold and take; of the peaks the larger counts."""
+        return Tally._make([*map(add, self[:MAXIMA], other[:MAXIMA]), *map(max, self[MAXIMA:], other[MAXIMA:])])
+
+
+MAXIMA = Tally._fields.index("peak")
+"""From this field of a tally on the largest counts, in front of it everything adds up."""
 
 
 def tally(component: Component, scope: Scope, work: Workload, tokens: Call, token: Call) -> Tally:
@@ -104,8 +110,10 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
             before += sum(item.bytes(work.element_bytes) for item in part.state(place, behind - 1).values())
     cost = component.cost(scope, tokens)
     step = component.cost(scope, token)
+    is_layer = component.role is Role.LAYER
+    stream = float(tokens.rows * scope.width * tokens.element_bytes)
     return Tally(
-        depth=int(component.role is Role.LAYER),
+        depth=int(is_layer),
         params=params,
         active_params=float(active),
         embedding_params=embedding,
@@ -118,7 +126,9 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
         decode_traffic=step.traffic,
         state=state * work.batch,
         state_token=state - before,
+        kept=stream if is_layer else cost.saved,
         peak=cost.peak,
+        recomputed=cost.saved + max(0.0, cost.peak - STREAMS * stream) if is_layer else 0.0,
     )
 
 
@@ -171,27 +181,35 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
 
     `memory` is what inference holds at once: weights, the state, and the largest set of intermediate results.
     `train_memory` is weights, gradients and Adam's two moments in float32, with all activations saved for the backward
-    pass.
+    pass. `train_memory_checkpointed` is the same if each layer is recomputed in the backward pass: the largest of what
+    is there at the end of the forward pass, at the beginning of the backward pass, which has no gradients yet, and at
+    its end.
     """
-    found = sum_of_parts
-    weights = found.params * work.element_bytes
+    depth, params, active, embedding, flops, backward, pointwise, traffic, saved, *rest = sum_of_parts
+    decode_flops, decode_traffic, state, state_token, kept, peak, recomputed = rest
+    # Sums that come out of an array are floats.
+    params, state = int(params), int(state)
+    weights = params * work.element_bytes
     return {
-        "depth": found.depth,
-        "params": found.params,
-        "active_params": round(found.active_params),
-        "embedding_params": found.embedding_params,
+        "depth": int(depth),
+        "params": params,
+        "active_params": round(active),
+        "embedding_params": int(embedding),
         "weights": weights,
-        "flops": found.flops,
-        "train_flops": found.flops + found.backward_flops,
-        "decode_flops": found.decode_flops,
-        "pointwise": found.pointwise,
-        "traffic": found.traffic,
-        "decode_traffic": found.decode_traffic,
-        "state": found.state,
-        "state_token": found.state_token,
-        "activations": found.peak,
-        "memory": weights + found.state + found.peak,
-        "train_memory": 4 * 4 * found.params + found.saved + found.peak,
+        "flops": flops,
+        "train_flops": flops + backward,
+        "decode_flops": decode_flops,
+        "pointwise": pointwise,
+        "traffic": traffic,
+        "decode_traffic": decode_traffic,
+        "state": state,
+        "state_token": int(state_token),
+        "activations": peak,
+        "memory": weights + state + peak,
+        "train_memory": 4 * 4 * params + saved + peak,
+        "train_memory_checkpointed": max(
+            4 * 4 * params + max(recomputed, kept + peak), 3 * 4 * params + kept + recomputed
+        ),
     }
 
 

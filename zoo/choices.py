@@ -35,9 +35,12 @@ class Choice:
 def choices(
     spec: Spec, device: str = "cpu", dtype: str | torch.dtype = "float32", *, batch: int = 1, tokens: int | None = None
 ) -> list[Choice]:
-    """What a forward pass and, for a language model, a decoding step would run on a device.
+    """What a forward pass and, for a language model, the decoding of a sequence's last token would run on a device.
 
-    `tokens` is the spec's context if None. Raises `ZooError` for an unknown device or dtype.
+    For CUDA where there is none, the answer is that of a device that kernels support.
+
+    `tokens` is the length of the sequence, the spec's context if None. Raises `ZooError` for an unknown device or
+    dtype.
     """
     kind = device_kind(device)
     # Free of the spec's own choices, which could not serve on `meta`.
@@ -45,13 +48,15 @@ def choices(
     tokens = spec.context if tokens is None else tokens
     phases = {"forward": model.forward_case(batch, tokens)}
     if model.head_kind == "language_model":
-        phases["decode"] = model.decode_case(batch, tokens)
+        phases["decode"] = model.decode_case(batch, tokens - 1)
     found: list[Choice] = []
     for phase, run in phases.items():
         with torch.no_grad(), observed() as notes:
             run()
         with use(**spec.kernel_choices):
-            found += _grouped(phase, [(primitive, call._replace(device=kind)) for primitive, call in notes])
+            found += _grouped(
+                phase, [(primitive, call._replace(device=kind, supposed=True)) for primitive, call in notes]
+            )
     return found
 
 

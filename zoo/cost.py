@@ -6,8 +6,9 @@ arithmetic outside matrix products is kept apart in `pointwise`. Nothing here im
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,28 @@ class Call:
         return replace(self, tokens=tokens)
 
 
+class Operator(NamedTuple):
+    """One piece of a call's work, as a device meets it.
+
+    kind: what computes it, such as `linear` or `attention`; pieces of a kind take time in proportion to their figures.
+    flops, backward, pointwise, traffic: as in `Cost`. output: bytes that it makes. weights: bytes of parameters among
+    the traffic. steps: how many parts of it have to wait for each other. calls: how often it is started.
+    """
+
+    kind: str
+    flops: float
+    backward: float
+    pointwise: float
+    traffic: float
+    output: float
+    weights: float
+    steps: float
+    calls: float
+
+    def repeated(self, times: float) -> Operator:
+        return self._replace(calls=self.calls * times)
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a call takes.
@@ -42,6 +65,8 @@ class Cost:
     saved: bytes of activations that the backward pass needs.
     peak: bytes of intermediate results that are alive at once in a forward pass without gradients, beside the input.
 
+    kind, weights and steps say as what a device meets it, see `Operator`; a sum of costs has `parts` in their place.
+
     `a + b` runs `b` after `a`: everything adds up, but of the peaks the larger counts.
     """
 
@@ -51,10 +76,24 @@ class Cost:
     traffic: float = 0.0
     saved: float = 0.0
     peak: float = 0.0
+    kind: str = "other"
+    weights: float = 0.0
+    steps: float = 0.0
+    parts: tuple[Operator, ...] | None = None
 
     @property
     def backward_flops(self) -> float:
         return 2 * self.flops if self.backward is None else self.backward
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The pieces of its work, in order."""
+        if self.parts is not None:
+            return self.parts
+        if not (self.flops or self.pointwise or self.traffic):
+            return ()
+        work = (self.flops, self.backward_flops, self.pointwise, self.traffic)
+        return (Operator(self.kind, *work, output=self.peak, weights=self.weights, steps=self.steps, calls=1),)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -64,6 +103,7 @@ class Cost:
             traffic=self.traffic + other.traffic,
             saved=self.saved + other.saved,
             peak=max(self.peak, other.peak),
+            parts=self.operators + other.operators,
         )
 
     def __mul__(self, times: float) -> Cost:
@@ -75,19 +115,37 @@ class Cost:
             traffic=self.traffic * times,
             saved=self.saved * times,
             peak=self.peak,
+            parts=tuple(piece.repeated(times) for piece in self.operators),
         )
 
     def holding(self, extra: float) -> Cost:
         """The same with `extra` bytes held throughout, as for a residual stream beside its branch."""
-        return replace(self, peak=self.peak + extra)
+        return replace(self, peak=self.peak + extra, parts=self.operators)
 
+
+STREAMS = 4
+"""Copies of the stream that a layer's forward pass finds or makes beside what its branches need: in front of the body,
+of the layer and of its second branch, and the norm's output."""
 
 FREE = Cost()
 
 
+def of_one_input(costs: Iterable[Cost], kept: float) -> Cost:
+    """Pieces that all read the same `kept` bytes, each of which counts them as saved: they are there once."""
+    found = list(costs)
+    total = sum(found, FREE)
+    return replace(total, saved=total.saved - max(0, len(found) - 1) * kept)
+
+
 def elementwise(
-    elements: float, element_bytes: int, *, operations: float = 1, operands: int = 2, saved: int = 1
+    elements: float,
+    element_bytes: int,
+    *,
+    operations: float = 1,
+    operands: int = 2,
+    saved: int = 1,
+    kind: str = "elementwise",
 ) -> Cost:
     """A map over `elements`: `operands` tensors read or written, `saved` of them kept for the backward pass."""
     size = elements * element_bytes
-    return Cost(pointwise=elements * operations, traffic=operands * size, saved=saved * size, peak=size)
+    return Cost(pointwise=elements * operations, traffic=operands * size, saved=saved * size, peak=size, kind=kind)

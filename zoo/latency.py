@@ -87,12 +87,15 @@ def measure(
     max_seconds: float = 10.0,
     threads: int | None = None,
     clock: Clock = time.perf_counter,
+    settle: float = 0.0,
 ) -> dict[str, Timing]:
     """Time calls without arguments against each other on one device.
 
     After `warmup` calls of each case, rounds follow in which every case runs once, every other round in reverse order
     (ABBA), so that drift of the machine meets all cases alike. There are at least `repeats` rounds, more until each
-    case has run for `min_seconds` (up to 50 times `repeats`), fewer (but two) if one has run for `max_seconds`.
+    case has run for `min_seconds` (up to 50 times `repeats`), fewer (but two) if one has run for `max_seconds`. Where
+    `settle` is above zero, untimed runs of the same case for that many seconds, one at least, come before each timed
+    one, so that caches hold what they hold for a model that runs alone.
 
     Runs are without gradients and without garbage collection, on `threads` CPU threads (the device's). On a GPU the
     time is that between two events on its stream, elsewhere `clock` gives it, in seconds.
@@ -117,6 +120,9 @@ def measure(
             and (rounds < repeats or (min(spent.values()) < min_seconds and rounds < _MOST_ROUNDS * repeats))
         ):
             for name in cases if rounds % 2 == 0 else reversed(list(cases)):
+                settled = 0.0
+                while settled < settle:
+                    settled += run(cases[name])
                 seconds = run(cases[name])
                 runs[name].append(seconds)
                 spent[name] += seconds
@@ -135,6 +141,36 @@ def pinned_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
+"""Parameters of glibc's `mallopt`."""
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let glibc keep freed memory inside the block, and give it back behind it; elsewhere nothing changes.
+
+    By default the C library returns large tensors to the system and asks for them anew, depending on what the process
+    did before. Page faults then take up to half of a model's time, on virtual machines more, and times of the same
+    model differ by as much.
+    """
+    import ctypes
+
+    try:
+        library = ctypes.CDLL(None)
+        adjust, trim = library.mallopt, library.malloc_trim
+    except (OSError, AttributeError, TypeError):
+        yield
+        return
+    adjust(_MMAP_MAX, 0)
+    adjust(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        adjust(_MMAP_MAX, 65536)
+        adjust(_TRIM_THRESHOLD, 2**26)
+        trim(0)
 
 
 @contextlib.contextmanager
@@ -256,12 +292,13 @@ class MeasuredLatency(Generic[SpecT]):
         import torch
 
         model = self._build(spec).to(device=torch.device(self.device.name), dtype=getattr(torch, context.dtype)).eval()
-        with torch.inference_mode(), pinned_threads(self.device.threads):
-            if phase == "forward":
-                case = model.forward_case(context.batch, context.seq)
-            else:
-                case = model.decode_case(context.batch, context.past)
-        return measure({phase: case}, device=self.device, **self._options)[phase]
+        with kept_memory():
+            with torch.inference_mode(), pinned_threads(self.device.threads):
+                if phase == "forward":
+                    case = model.forward_case(context.batch, context.seq)
+                else:
+                    case = model.decode_case(context.batch, context.past)
+            return measure({phase: case}, device=self.device, **self._options)[phase]
 
 
 CacheKey = tuple[str, str, str]

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.hardware.pretended import PROFILE, PretendedStopwatch
 from zoo.cli import main
+from zoo.hardware.calibrate import calibrate
 
 GOOD = "width: 64\nstem: {type: token, vocab: 256}\nbody: {layers: [{mixer: attention}]}\nhead: language_model\n"
 SPACE = GOOD.replace("mixer: attention", "mixer: {choice: [mamba2, attention]}")
@@ -186,6 +188,48 @@ def test_the_least_time_on_a_device_that_is_not_there(zoo: Runner) -> None:
     assert zoo("cost", "gpt2", "--roofline", "h10").err.startswith("error: unknown device 'h10'")
 
 
+def test_predicted_times_say_where_they_come_from(zoo: Runner, tmp_path: Path) -> None:
+    missing = zoo("cost", "tiny-bytes", "--predict", "--device", str(tmp_path / "none.json"))
+    assert missing.code == 2 and missing.err.startswith("error: cannot read")
+    made = tmp_path / "pretended.json"
+    stopwatch = PretendedStopwatch()
+    calibrate(stopwatch, PROFILE, tmp_path / "log", seconds=40, clock=stopwatch.clock).save(made)
+    ran = zoo("cost", "tiny-bytes", "--predict", "--device", str(made), "--layers")
+    assert ran.code == 0 and "predicted" in ran.out and "body.layers.0" in ran.out
+    times = zoo("cost", "tiny-bytes", "--predict", "--device", str(made), "--json").json["predicted"]
+    for phase in ("forward", "decode"):
+        whole, *parts = [time for time in times if time["phase"] == phase]
+        assert whole["path"] == "" and sum(part["seconds"] for part in parts) == pytest.approx(whole["seconds"])
+        assert whole["low"] <= whole["seconds"]
+
+
+def test_the_roofline_is_drawn_where_it_is_asked_for(zoo: Runner, tmp_path: Path) -> None:
+    asked = ("cost", "tiny-bytes", "--roofline", "h100", "--dtype", "bf16")
+    assert "FLOP/byte" not in zoo(*asked).out and "FLOP/byte" not in zoo(*asked, "--no-picture").out
+    shown = zoo(*asked, "--picture").out
+    assert "ridge 295" in shown and "tiny-bytes on NVIDIA H100 SXM, bfloat16" in shown and "A linear" in shown
+    lines = zoo(*asked, "--picture", "--plain").out.split("tiny-bytes on")[-1].splitlines()
+    assert "ridge 295" in "".join(lines) and all(line.isascii() and len(line) <= 80 for line in lines)
+    file = tmp_path / "roofline.svg"
+    assert zoo(*asked, "--svg", file, "--json").json["roofline"]["forward"]["seconds"] > 0
+    assert file.read_text().startswith("<svg") and "bfloat16 989TFLOP/s" in file.read_text()
+
+
+def test_the_least_time_on_a_mesh(zoo: Runner) -> None:
+    asked = ("cost", "llama2-7b", "--device", "h100", "--mesh", "8", "--dtype", "bf16", "--batch", "8")
+    ran = zoo(*asked)
+    assert ran.code == 0 and "prefill, at least, on 8 x h100" in ran.out and "stationary 2x4" in ran.out
+    found = zoo(*asked, "--json").json["mesh"]
+    best = found["decode"]["layouts"][0]
+    assert found["decode"]["chips"] == 8 and best["fits"] and best["weights"] == "stationary 2x4"
+    assert best["seconds"] == max(best["compute"], best["weight_load"] + best["state_load"]) + best["communication"]
+    halved = zoo(*asked, "--weights", "int8", "--json").json["mesh"]["decode"]["layouts"][0]["weight_load"]
+    assert halved == best["weight_load"] / 2
+    ran = zoo("cost", "gpt3-175b", "--device", "h100", "--mesh", "2x1", "--dtype", "bf16")
+    assert "does not fit; 8 chips would do" in ran.out
+    assert set(zoo("cost", "vit-b16", "--device", "a100", "--mesh", "2", "--json").json["mesh"]) == {"prefill"}
+
+
 def test_devices_are_listed_shown_and_probed(zoo: Runner, tmp_path: Path) -> None:
     assert "NVIDIA H200" in zoo("device", "list").out
     assert {"a100", "h200"} < {row["name"] for row in zoo("device", "list", "--json").json}
@@ -226,6 +270,15 @@ def test_recorded_timings_are_printed_or_missed(zoo: Runner) -> None:
         (("cost", "gtp2"), "did you mean 'gpt2'?"),
         (("cost", "gpt2", "--dtype", "float23"), "did you mean 'float32'?"),
         (("cost", "gpt2", "--batch", "0"), "--batch"),
+        (("cost", "gpt2", "--svg", "x.svg"), "--svg is about the picture of a roofline; give --roofline DEVICE too"),
+        (("cost", "gpt2", "--roofline", "h100", "--plain", "--json"), "--plain is about the terminal"),
+        (("cost", "gpt2", "--roofline", "h100", "--svg", "/nope/x.svg"), "/nope/x.svg: No such file"),
+        (("cost", "gpt2", "--weights", "int8"), "give --mesh too"),
+        (("cost", "gpt2", "--mesh", "8"), "--mesh needs --device: a100"),
+        (("cost", "gpt2", "--mesh", "8", "--device", "h100", "--measure"), "ask for one at a time"),
+        (("cost", "gpt2", "--mesh", "0", "--device", "h100"), "'0' is not a mesh"),
+        (("cost", "gpt2", "--mesh", "5", "--device", "h100"), "4 or 6 chips would do"),
+        (("cost", "gpt2", "--mesh", "2", "--device", "raspberry-pi-4"), "has no `link` to other chips"),
         (("cost", "spaces/hybrid-24"), "a hole, but a finished spec is needed"),
         (("show", "nowhere.yaml"), "no such file"),
         (("valdate",), "validate"),

@@ -251,8 +251,8 @@ def test_bad_input() -> None:
     refused(r"log_forget has shape \[2, 4, 7\]", log_forget=torch.zeros(2, 4, 7))
     refused("log_forget goes from earlier to later", log_forget=torch.zeros(2, 7, 4), causal=False)
     refused(r"clip is \(0.9, 0\)", clip=(0.9, 0))
-    refused("sink is on meta and q on cpu", sink=torch.zeros(4, device="meta"))
-    with pytest.raises(ZooError, match=r"q has dtype torch.int64, expected one of floating point"):
+    refused("sink is on meta, expected cpu, where q is", sink=torch.zeros(4, device="meta"))
+    with pytest.raises(ZooError, match=r"q has dtype torch.int64, expected one of float32"):
         kernels.attention(q.long(), k.long(), v.long())
 
 

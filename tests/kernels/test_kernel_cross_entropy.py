@@ -189,7 +189,7 @@ def test_bad_input() -> None:
         ),
         (r"bias has shape \[6\], expected \[vocab\] = \[17\]", {"bias": BIAS[:6]}),
         ("weight has dtype torch.float32, expected torch.float64, as x has", {"weight": WEIGHT.float()}),
-        ("x has dtype torch.int64, expected a floating-point dtype", {"x": X.long()}),
+        ("x has dtype torch.int64, expected one of float32", {"x": X.long()}),
         ("weight is on meta, expected cpu, where x is", {"weight": WEIGHT.to("meta")}),
         ("reduction is 'men', expected one of mean, sum, none; did you mean 'mean'", {"reduction": "men"}),
         ("label_smoothing is 2, expected a number from 0 to 1", {"label_smoothing": 2}),

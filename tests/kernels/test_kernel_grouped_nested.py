@@ -133,9 +133,9 @@ def test_bad_operands() -> None:
     x, weight, offsets = draw(13, 4), draw(3, 4), offsets_of(SIZES)
     with pytest.raises(ZooError, match=r"x has dtype torch\.float64 and weight torch.float32, expected one"):
         kernels.grouped_matmul(x, weight.float(), offsets)
-    with pytest.raises(ZooError, match="expected one floating-point dtype"):
+    with pytest.raises(ZooError, match="expected one"):
         kernels.grouped_matmul(x.long(), weight.long(), offsets)
-    with pytest.raises(ZooError, match="weight is on meta, x on cpu; expected one device"):
+    with pytest.raises(ZooError, match="weight is on meta, expected cpu, where x is"):
         kernels.grouped_matmul(x, weight.to("meta"), offsets)
     with pytest.raises(ZooError, match="source asks for 13 rows, x has none"):
         kernels.grouped_matmul(x[:0], weight, offsets, source=torch.arange(13))
@@ -147,21 +147,39 @@ def test_bad_operands() -> None:
         kernels.grouped_matmul(x, weight[0], offsets)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6,), (9, 6), (2, 0, 6), (2, 3, 6)])
-def test_block_diagonal(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(6,), (9, 6), (2, 0, 6), (2, 3, 6), (300, 6)])
+def test_block_diagonal(interleaved: bool, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, weight = draw(*shape), draw(3, 2, 4, seed=1)
-    assert_as_exact_as_reference("block_diagonal_matmul", dtype, kernels.block_diagonal_matmul, x, weight)
-    assert_close(kernels.block_diagonal_matmul(x, weight), x @ torch.block_diag(*weight))
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return kernels.block_diagonal_matmul(x, weight, interleaved=interleaved)
+
+    if dtype == torch.float64:
+        assert_agrees("block_diagonal_matmul", product, x, weight)
+    else:
+        assert_as_exact_as_reference("block_diagonal_matmul", dtype, product, x, weight)
+    if interleaved:
+        x = x.unflatten(-1, (2, 3)).mT.flatten(-2)
+    expected = x @ torch.block_diag(*weight)
+    found = product(draw(*shape), weight)
+    assert_close(found, expected.unflatten(-1, (3, 4)).mT.flatten(-2) if interleaved else expected)
 
 
-def test_block_diagonal_operator() -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_block_diagonal_operator(interleaved: bool) -> None:
     x, weight = draw(5, 6).requires_grad_(), draw(3, 2, 4, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(kernels.block_diagonal_matmul, (x, weight))
-    torch.library.opcheck(torch.ops.zoo.block_diagonal_matmul, (x, weight))
-    assert counted_flops(kernels.block_diagonal_matmul, x, weight) == 2 * 5 * 3 * 2 * 4
-    compiled = torch.compile(kernels.block_diagonal_matmul, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x, weight), kernels.block_diagonal_matmul(x, weight))
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return kernels.block_diagonal_matmul(x, weight, interleaved=interleaved)
+
+    assert torch.autograd.gradcheck(product, (x, weight))
+    operator = torch.ops.zoo.interleaved_matmul if interleaved else torch.ops.zoo.block_diagonal_matmul
+    torch.library.opcheck(operator, (x, weight))
+    assert counted_flops(product, x, weight) == 2 * 5 * 3 * 2 * 4
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, weight), product(x, weight))
 
 
 def test_bad_blocks() -> None:
@@ -172,5 +190,5 @@ def test_bad_blocks() -> None:
         kernels.block_diagonal_matmul(x, weight[0])
     with pytest.raises(ZooError, match="weight is on meta"):
         kernels.block_diagonal_matmul(x, weight.to("meta"))
-    with pytest.raises(ZooError, match="expected one floating-point dtype"):
+    with pytest.raises(ZooError, match="expected one"):
         kernels.block_diagonal_matmul(x, weight.float())

@@ -142,6 +142,7 @@ def test_one_graph() -> None:
             (x, x.flip(0), weight),
         ),
         "gated": (kernels.gated_activation, (x, x.flip(0))),
+        "gated in two dtypes": (kernels.gated_activation, (x.float(), x.flip(0))),
         "polynomial": (lambda x, c: kernels.polynomial_activation(x, c, normalized=True), (x, weight[:4])),
         "pair": (lambda q, k: kernels.rotary_pair(q, k, torch.arange(2)), (random(1, 2, 4, 8), random(1, 2, 2, 8))),
     }
@@ -167,7 +168,7 @@ def test_bad_input() -> None:
     x, heads = random(5, 8), random(2, 5, 3, 8)
     with pytest.raises(ZooError, match=r"residual has shape \[4, 8\], expected \[..., width\] = \[5, 8\]"):
         kernels.rms_norm(x, residual=x[:4])
-    with pytest.raises(ZooError, match=r"x has dtype torch.int64, expected a floating-point dtype"):
+    with pytest.raises(ZooError, match=r"x has dtype torch.int64, expected one of float32"):
         kernels.layer_norm(x.long())
     with pytest.raises(ZooError, match=r"weight is on meta, expected cpu, where x is"):
         kernels.rms_norm(x, torch.ones(8, device="meta"))

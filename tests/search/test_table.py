@@ -10,7 +10,7 @@ import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.accounting import Workload, metrics
+from zoo.accounting import Workload, metrics, places
 from zoo.errors import SpecError, ZooError
 from zoo.search import table
 from zoo.search.budget import METRICS
@@ -45,6 +45,33 @@ def test_figures_are_those_of_the_whole_spec(name: str, work: Workload) -> None:
     for point in drawn:
         assert costs.figures(point) == counted(space, point, work)
     assert costs.separable
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["by layer", "whole"])
+@pytest.mark.parametrize("name", REAL)
+def test_extra_figures_are_sums_over_the_parts(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = {
+        "seconds": lambda place: place.component.cost(place.scope, place.tokens).traffic / 3e9,
+        "mixers": lambda place: float(hasattr(place.component, "mixer")),
+    }
+    if whole:
+        monkeypatch.setattr(table, "_hands_on", lambda place: False)
+    space, work = spaces.real()[name], Workload(batch=2, seq=24)
+    costs = CostTable(space, work, extras)
+    rng = random.Random(0)
+    for point in [space.sample(rng) for _ in range(12)]:
+        expected = counted(space, point, work)
+        if expected is not None:
+            parts = list(places(space.spec_at(point).fill(), work))
+            expected |= {name: sum(map(extra, parts)) for name, extra in extras.items()}
+        assert costs.figures(point) == expected
+    low, high = costs.range_of("seconds")
+    assert 0 < low <= high
+
+
+def test_an_extra_figure_may_not_hide_another() -> None:
+    with pytest.raises(ZooError, match="may not be called 'flops'"):
+        CostTable(spaces.hybrid(), Workload(), {"flops": lambda place: 0.0})
 
 
 def test_figures_all_over_a_space() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from zoo import kernels
-from zoo.component import Component
+from zoo.component import Component, Scope
+from zoo.cost import FREE, Call, Cost, elementwise
 from zoo.registry import Role, register
 
 if TYPE_CHECKING:
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
 
 
 class ActivationBase(Component):
-    """What gated units ask of a nonlinearity."""
+    """What activations share: one pass over the elements."""
+
+    operations: ClassVar[int]
+    """Floating point operations for an element, an exponential as four."""
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        elements = call.rows * scope.width
+        return elementwise(elements, call.element_bytes, operations=self.operations, kind=f"activation_{self.type}")
 
     def kernel(self) -> str | None:
         """What `gated_activation` calls it; None where it does not know it."""
@@ -31,6 +39,8 @@ def gated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
 class ReLU(ActivationBase):
     r"""$\max(x, 0)$."""
 
+    operations: ClassVar[int] = 1
+
     def kernel(self) -> str:
         return "relu"
 
@@ -42,6 +52,8 @@ class ReLU(ActivationBase):
 class SquaredReLU(ActivationBase):
     r"""$\max(x, 0)^2$."""
 
+    operations: ClassVar[int] = 2
+
     def kernel(self) -> str:
         return "relu2"
 
@@ -52,6 +64,8 @@ class SquaredReLU(ActivationBase):
 @register("gelu", role=Role.ACTIVATION, sources=["Hendrycks and Gimpel 2016, Gaussian Error Linear Units"])
 class GELU(ActivationBase):
     r"""$x \Phi(x)$ with the normal distribution function $\Phi$, or its approximation by a hyperbolic tangent."""
+
+    operations: ClassVar[int] = 8
 
     approximate: Literal["none", "tanh"] = "none"
     """`tanh` for the approximation that GPT-2 and Gemma use."""
@@ -69,6 +83,8 @@ class GELU(ActivationBase):
 class SiLU(ActivationBase):
     r"""$x \sigma(x)$, also called swish."""
 
+    operations: ClassVar[int] = 6
+
     def kernel(self) -> str:
         return "silu"
 
@@ -82,6 +98,8 @@ class SiLU(ActivationBase):
 class Sigmoid(ActivationBase):
     r"""$1 / (1 + e^{-x})$."""
 
+    operations: ClassVar[int] = 5
+
     def kernel(self) -> str:
         return "sigmoid"
 
@@ -92,6 +110,9 @@ class Sigmoid(ActivationBase):
 @register("linear", role=Role.ACTIVATION)
 class NoActivation(ActivationBase):
     """The identity, which makes a gated unit bilinear."""
+
+    def cost(self, scope: Scope, call: Call) -> Cost:
+        return FREE
 
     def kernel(self) -> str:
         return "linear"

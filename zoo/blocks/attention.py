@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,7 @@ from zoo.component import (
     Traits,
 )
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost, elementwise
+from zoo.cost import Call, Cost, elementwise, of_one_input
 from zoo.kernels import work
 from zoo.parameter import Axis, StateTensor
 from zoo.registry import Role, register
@@ -230,7 +231,14 @@ class Attention(HeadMixer):
         heads, kv_heads, head_dim = self.sizes
         children = dict(self.children(scope))
         norms = [(children.pop(f"{name}_norm"), n) for name, n in self.normed()]
-        total = sum((child.cost(call) for child in children.values()), Cost())
+        size = call.element_bytes
+        # The product keeps its own output, which is what the last projection reads.
+        last = children.pop("out").cost(call)
+        reading = [children.pop(name).cost(call) for name in ("query", "key", "value", "gate") if name in children]
+        total = of_one_input(reading, call.rows * scope.width * size)
+        total += replace(last, saved=last.saved - (self.gate is None) * call.rows * heads * head_dim * size)
+        for child in children.values():
+            total += child.cost(call)
         for norm, count in norms:
             total += norm.cost(call.with_tokens(call.tokens * count))
         queries, keys = call.rows * heads * head_dim, call.batch * self.keys(call) * kv_heads * head_dim
@@ -263,6 +271,7 @@ class Attention(HeadMixer):
             softcap=self.softcap,
         )
         pairs = flops / (4 * head_dim)
+        whole = pairs == call.rows * keys * heads
         moved = float((2 * call.rows * heads + 2 * call.batch * keys * kv_heads) * head_dim * size)
         # Scores are in memory, in float32 or wider, only where a soft cap keeps them from the fused computation, which
         # in turn computes them once more in its backward pass.
@@ -274,6 +283,7 @@ class Attention(HeadMixer):
             traffic=moved + 4 * scores,
             saved=moved + 2 * scores,
             peak=call.rows * heads * head_dim * size + 2 * scores,
+            kind="attention" if whole else "window_attention",
         )
 
     def forward(

@@ -109,7 +109,7 @@ class PooledHead(HeadBase):
         return {"project": self.project(scope, Axis("width", scope.width), self.axis(), bias=self.bias)}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        pooling = elementwise(call.rows * scope.width, call.element_bytes, operands=1, saved=0)
+        pooling = elementwise(call.rows * scope.width, call.element_bytes, operands=1, saved=0, kind="reduction")
         return self.children_cost(scope, call.with_tokens(1)) + pooling
 
     def pooled(self, x: Tensor, ctx: Context) -> Tensor:

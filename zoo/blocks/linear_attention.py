@@ -165,6 +165,7 @@ class LinearAttention(HeadMixer):
                 traffic=moved + 2 * memory,
                 saved=moved + memory,
                 peak=memory + call.rows * heads * value_dim * wide,
+                kind="whole_attention",
             )
         chunk = min(work.CHUNK, call.tokens)
         scores = float(call.rows * chunk * heads * wide)
@@ -175,6 +176,8 @@ class LinearAttention(HeadMixer):
             traffic=moved + 2 * scores + 3 * memories,
             saved=moved + scores * (1 if self.decay is None else 3) + memories,
             peak=2 * scores + 2 * memories + call.rows * heads * value_dim * wide,
+            kind="recurrence" if self.decay is None else "decayed_recurrence",
+            steps=-(-call.tokens // chunk),
         )
         return one if self.causal else one * 2
 

@@ -182,6 +182,8 @@ class Mamba(StateSpace):
             traffic=(8 * channels + 2 * batch * (self.conv_kernel - 1) * hidden) * call.element_bytes + 2 * memory,
             saved=4 * channels * call.element_bytes + 2 * channels * wide,
             peak=3 * channels * call.element_bytes + 3 * channels * wide + 2 * memory,
+            kind="selective_scan",
+            steps=tokens,
         )
         return self.children_cost(scope, call) + own
 

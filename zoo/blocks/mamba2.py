@@ -145,6 +145,8 @@ class Mamba2(StateSpace):
             + wide * call.rows * (convolved + hidden)
             + 2 * scores
             + 2 * memories,
+            kind="ssd",
+            steps=-(-tokens // chunk),
         )
         return self.children_cost(scope, call) + own
 

@@ -119,6 +119,8 @@ class MatFormer(Component):
             traffic=float((width * self.running + call.rows * width + hidden) * matrices * size),
             saved=float((call.rows * width + hidden) * size),
             peak=float(call.rows * width * size),
+            kind="nested",
+            weights=float(width * self.running * matrices * size),
         )
         gate = elementwise(hidden, size, operands=3, saved=2) if self.gated else Cost()
         return (self.children_cost(scope, call) + products + gate).holding(float(hidden * (matrices - 1) * size))

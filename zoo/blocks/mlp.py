@@ -11,7 +11,7 @@ from pydantic import Field
 from zoo.blocks.activations import gated
 from zoo.component import Activation, Child, Complaint, Component, Linear, Scope, Share, Size, Traits
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost, elementwise
+from zoo.cost import Call, Cost, elementwise, of_one_input
 from zoo.parameter import Axis
 from zoo.registry import Role, register
 
@@ -143,7 +143,12 @@ class GLU(Plain):
     def cost(self, scope: Scope, call: Call) -> Cost:
         hidden = call.rows * self.hidden_axis.size
         product = elementwise(hidden, call.element_bytes, operands=3, saved=2)
-        return (self.children_cost(scope, call) + product).holding(2.0 * hidden * call.element_bytes)
+        children = dict(self.children(scope))
+        widening = [children.pop(name).cost(call) for name in ("gate", "up")]
+        total = of_one_input(widening, call.rows * scope.width * call.element_bytes)
+        for child in children.values():
+            total += child.cost(call)
+        return (total + product).holding(2.0 * hidden * call.element_bytes)
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -118,11 +118,15 @@ class MixtureOfExperts(FeedForward):
         router = Cost(
             flops=2.0 * call.rows * width * self.experts,
             traffic=float((self.experts * width + call.rows * (width + self.experts)) * size),
+            kind="router",
         ) + elementwise(call.rows * self.experts, size, operations=5)
         experts = Cost(
             flops=2.0 * pairs * width * hidden * matrices,
             traffic=(used * width * hidden + pairs * (width + hidden)) * matrices * size,
             saved=float(pairs * (width + hidden) * size),
+            kind="experts",
+            weights=used * width * hidden * matrices * size,
+            steps=used,
         )
         product = elementwise(pairs * hidden, size, operands=3, saved=2) if self.gated else Cost()
         ends = elementwise(pairs * width, size, operations=2, operands=4)
@@ -165,10 +169,10 @@ class MixtureOfExperts(FeedForward):
         """
         order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
 
-        def times(rows: Tensor, weight: Tensor) -> Tensor:
+        def by_expert(rows: Tensor, weight: Tensor) -> Tensor:
             return kernels.grouped_matmul(rows, weight, offsets)
 
-        y = self._experts(module, taken(x, order // self.top_k), times)
+        y = self._experts(module, taken(x, order // self.top_k), by_expert)
         return y, inverse(order).view_as(chosen), None
 
     def _limited(self, module: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,10 +189,10 @@ class MixtureOfExperts(FeedForward):
         place = inverse(order).view_as(chosen) - offsets[chosen]
         return y.flatten(0, 1), chosen * places + place.clamp(max=places - 1), place < places
 
-    def _experts(self, module: Any, x: Tensor, times: Any) -> Tensor:
+    def _experts(self, module: Any, x: Tensor, by_expert: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The experts' networks, given how rows are multiplied by their expert's weight."""
-        h = module.activation(times(x, module.gate if self.gated else module.up))
-        return times(h * times(x, module.up) if self.gated else h, module.down)
+        h = module.activation(by_expert(x, module.gate if self.gated else module.up))
+        return by_expert(times(h, by_expert(x, module.up)) if self.gated else h, module.down)
 
 
 def scored(logits: Tensor, scores: Scores) -> Tensor:
@@ -216,6 +220,13 @@ def imbalance(scores: Tensor, chosen: Tensor) -> Tensor:
     ones = torch.ones_like(chosen, dtype=scores.dtype).flatten()
     share = scores.new_zeros(options).scatter_add(0, chosen.flatten(), ones) / chosen.numel()
     return options * (share * normalized(scores).mean(dim=0)).sum()
+
+
+def times(gate: Tensor, up: Tensor) -> Tensor:
+    """`gate * up`, in the place of `gate` where nothing is kept for a backward pass: no fresh memory to be cleared."""
+    import torch
+
+    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from zoo import kernels
 from zoo.blocks.mlp import FeedForward
-from zoo.blocks.moe import Coefficient, Scores, imbalance, inverse, normalized, scored, summed, taken
+from zoo.blocks.moe import Coefficient, Scores, imbalance, normalized, scored, taken, times
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost, elementwise
@@ -115,39 +115,38 @@ class MixtureOfHiddenDimensions(FeedForward):
         return ("gate", "up") if self.gated else ("up",)
 
     def children(self, scope: Scope) -> Mapping[str, Child]:
-        inner, hidden = self.inner(scope), self.hidden_axis
-        found = {"activation": Child(inner.activation, inner.at(width=hidden.size))}
-        if self.shared:
-            width = Axis("width", self.shared * self.subdim(scope).size)
-            found |= {f"shared_{name}": self.project(inner, width, hidden) for name in self.widening}
-            found["shared_down"] = self.project(inner, hidden, width, residual=True)
-        return found
+        inner = self.inner(scope)
+        return {"activation": Child(inner.activation, inner.at(width=self.hidden_axis.size))}
 
     def parameters(self, scope: Scope) -> Mapping[str, Parameter]:
-        routed, subdim, hidden = self.routed, self.subdim(scope), self.hidden_axis
-        active, width = Fraction(self.top_k, max(1, routed.size)), Axis("width", scope.width)
-        std = scope.init_std
+        routed, subdim, width = self.routed, self.subdim(scope), Axis("width", scope.width)
+        subdims, hidden, std = Axis("subdims", self.subdims), self.hidden_axis, scope.init_std
+        active = Fraction(self.shared + self.top_k, self.subdims)
         found = {"router": Parameter((routed, width), normal(std))}
-        found |= {name: Parameter((routed, hidden, subdim), normal(std), active=active) for name in self.widening}
-        found["down"] = Parameter((routed, subdim, hidden), normal(std / math.sqrt(scope.depth)), active=active)
+        found |= {name: Parameter((subdims, subdim, hidden), normal(std), active=active) for name in self.widening}
+        residual = normal(std / math.sqrt(scope.depth))
+        found["down"] = Parameter((subdims, hidden, subdim), residual, active=active)
         if self.fusion:
-            subdims = Axis("subdims", self.subdims)
             found["fusion"] = Parameter((subdim, subdims, subdims), _identity, decay=False)
         return found
 
     def cost(self, scope: Scope, call: Call) -> Cost:
         rows, width, hidden, size = call.rows, scope.width, self.hidden_axis.size, call.element_bytes
         subdim, routed, matrices = self.subdim(scope).size, self.routed.size, len(self.widening) + 1
-        pairs = rows * self.top_k
-        used = routed * (1 - (1 - self.top_k / max(1, routed)) ** rows)
+        pairs = rows * (self.shared + self.top_k)
+        used = self.shared + routed * (1 - (1 - self.top_k / max(1, routed)) ** rows)
         router = Cost(
             flops=2.0 * rows * width * routed,
             traffic=float((routed * width + rows * (width + routed)) * size),
+            kind="router",
         ) + elementwise(rows * routed, size, operations=5)
         blocks = Cost(
             flops=2.0 * pairs * subdim * hidden * matrices,
             traffic=float((used * subdim * hidden + pairs * (subdim + hidden)) * matrices * size),
             saved=float(pairs * (subdim + hidden) * size),
+            kind="subdimensions",
+            weights=used * subdim * hidden * matrices * size,
+            steps=used,
         )
         sums = elementwise(pairs * hidden, size, saved=0) * len(self.widening)
         product = elementwise(rows * hidden, size, operands=3, saved=2) if self.gated else Cost()
@@ -156,9 +155,10 @@ class MixtureOfHiddenDimensions(FeedForward):
             flops=2.0 * rows * width * self.subdims,
             traffic=float((width * self.subdims + 2 * rows * width) * size),
             saved=float(rows * width * size),
+            kind="fusion",
         )
         total = self.children_cost(scope, call) + router + blocks + sums + product + ends
-        peak = float((pairs * hidden * 2 + rows * (hidden * len(self.widening) + width)) * size)
+        peak = float((pairs * hidden + rows * (hidden * len(self.widening) + width)) * size)
         return replace(total + fusion if self.fusion else total, peak=peak)
 
     def forward(
@@ -180,29 +180,28 @@ class MixtureOfHiddenDimensions(FeedForward):
         if self.renormalize:
             weights = self.top_k * normalized(weights)
 
-        routed = self.routed.size
-        order, offsets = kernels.sort_by_group(chosen.flatten(), routed)
-        back = inverse(order).view_as(chosen)
-        subdim = rows.shape[-1] // self.subdims
-        common, special = (rows * self.scale).split([self.shared * subdim, routed * subdim], dim=-1)
-        picks = chosen[..., None].expand(-1, -1, subdim)
-        picked = special.unflatten(-1, (routed, subdim)).gather(1, picks) * weights[..., None].to(x.dtype)
-        picked = taken(picked.flatten(0, 1), order)
+        # Tokens of one set adjoin, with its members in ascending order, and the sub-dimensions of all come first.
+        chosen, ascending = chosen.sort(dim=-1)
+        order = kernels.sort_by_subset(chosen, self.routed.size)
+        common = torch.arange(self.shared, device=x.device).expand(len(order), -1)
+        active = torch.cat([common, chosen[order] + self.shared], dim=-1)
+        weights = F.pad(weights.gather(1, ascending), (self.shared, 0), value=1.0)
+        weights = taken(weights, order) * self.scale
+        # Every sub-dimension of every token is a row of its own.
+        parts = order[:, None] * self.subdims + active
+        subdim = x.shape[-1] // self.subdims
+        picked = taken(rows.reshape(-1, subdim), parts) * weights[..., None].to(x.dtype)
 
         def widened(name: str) -> Tensor:
-            """The sum over a token's active sub-dimensions, `[rows, hidden]`."""
-            h = summed(kernels.grouped_matmul(picked, getattr(module, name), offsets), back)
-            return h + getattr(module, f"shared_{name}")(common) if self.shared else h
+            return kernels.subset_matmul(picked, getattr(module, name).mT, active)
 
-        h = module.activation(widened("gate")) * widened("up") if self.gated else module.activation(widened("up"))
-        blocks = kernels.grouped_matmul(taken(h, order // self.top_k), module.down, offsets)
-        y = torch.zeros_like(special).unflatten(-1, (routed, subdim))
-        y = y.scatter(1, picks, taken(blocks, back).to(y.dtype)).flatten(1)
-        if self.shared:
-            y = torch.cat([module.shared_down(h), y], dim=-1)
+        h = module.activation(widened("gate" if self.gated else "up"))
+        h = times(h, widened("up")) if self.gated else h
+        y = kernels.subset_matmul(h, module.down, active, transposed=True).to(x.dtype)
+        y = torch.zeros_like(rows).view(-1, subdim).index_copy(0, parts.flatten(), y.flatten(0, 1))
+        y = y.view_as(rows)
         if self.fusion:
-            parts = y.unflatten(-1, (self.subdims, subdim)).permute(2, 0, 1)
-            y = torch.bmm(parts, module.fusion.transpose(1, 2)).permute(1, 2, 0)
+            y = kernels.block_diagonal_matmul(y, module.fusion.mT, interleaved=True)
         return y.reshape(x.shape), None
 
 

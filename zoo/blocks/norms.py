@@ -26,7 +26,7 @@ class RMSNorm(Component):
         return {"weight": Parameter((Axis(scope.axis, scope.width),), ones, decay=False)}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return elementwise(call.rows * scope.width, call.element_bytes, operations=4)
+        return elementwise(call.rows * scope.width, call.element_bytes, operations=4, saved=2, kind="norm")
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, module.weight, self.eps)
@@ -49,7 +49,7 @@ class LayerNorm(Component):
         return found
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return elementwise(call.rows * scope.width, call.element_bytes, operations=7)
+        return elementwise(call.rows * scope.width, call.element_bytes, operations=7, kind="norm")
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, module.weight, getattr(module, "bias", None), self.eps)

@@ -50,9 +50,9 @@ class Pooling(Component):
 
     def cost(self, scope: Scope, call: Call) -> Cost:
         dimensions = 1 if scope.causal else len(scope.grid)
-        return elementwise(
-            call.rows * scope.width, call.element_bytes, operations=self.size**dimensions + 2, operands=3, saved=0
-        )
+        operations = self.size**dimensions + 2
+        elements = call.rows * scope.width
+        return elementwise(elements, call.element_bytes, operations=operations, operands=3, saved=0, kind="pooling")
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None

@@ -30,7 +30,7 @@ from zoo.component import (
     Traits,
 )
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost
+from zoo.cost import STREAMS, Call, Cost
 from zoo.parameter import Axis
 from zoo.registry import Role, register
 
@@ -73,7 +73,7 @@ class Layer(Component):
         return found | {"residual": Child(self.residual, inner.at(branches=self.branches))}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return self.children_cost(scope, call).holding(2.0 * call.rows * scope.width * call.element_bytes)
+        return self.children_cost(scope, call).holding(float(STREAMS) * call.rows * scope.width * call.element_bytes)
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None

@@ -63,7 +63,8 @@ class TokenStem(StemBase):
         return self.position_children(scope)
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        rows = elementwise(call.rows * scope.width, call.element_bytes, operations=int(self.scale is not None), saved=0)
+        scaled = int(self.scale is not None)
+        rows = elementwise(call.rows * scope.width, call.element_bytes, operations=scaled, saved=0, kind="embedding")
         return self.children_cost(scope, call) + rows
 
     def forward(self, module: Any, tokens: Tensor, ctx: Context) -> Tensor:

@@ -111,17 +111,72 @@ def cost(
     past: Past = None,
     dtype: Dtype = "float32",
     layers: Annotated[bool, typer.Option(help="A row for each part of the model.")] = False,
+    predict: Annotated[
+        bool, typer.Option(help="Also the time on --device that its calibration predicts; nothing is built.")
+    ] = False,
     measure: Annotated[bool, typer.Option(help="Also build the model and time it on --device.")] = False,
-    device: Device = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="For --measure and --predict cpu, cuda or cuda:N; for --mesh one of `zoo device list`, or a file."
+        ),
+    ] = "cpu",
     roofline: Annotated[
         str | None, typer.Option(help="Also the least time on a device, see `zoo device list`; nothing is built.")
+    ] = None,
+    picture: Annotated[
+        bool | None,
+        typer.Option("--picture/--no-picture", help="Draw --roofline below the tables; by default on a terminal."),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Draw with ASCII alone, as where there is no UTF-8.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture of --roofline to this file.")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Also the least time on so many of --device, such as 8 or 4x4x4, and the best layout."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="What --mesh stores weights in, such as int8; by default --dtype.")
     ] = None,
     json: Json = False,
 ) -> None:
     """Count parameters, FLOPs, bytes and state from the specification alone."""
+    from zoo.cli.bounds import Drawing, OnMesh
     from zoo.cli.facts import print_cost
 
-    print_cost(spec, batch, seq, past, dtype, layers, device if measure else None, roofline, json)
+    drawing = Drawing.asked(roofline, picture, plain, svg, json)
+    meshed = OnMesh.asked(device, mesh, weights, measure)
+    measured_on, predicted_on = device if measure else None, device if predict else None
+    print_cost(spec, batch, seq, past, dtype, layers, measured_on, roofline, json, drawing, meshed, predicted_on)
+
+
+@app.command()
+def bench(
+    spec: SpecArgument,
+    device: Device = "cpu",
+    batch: Batch = 1,
+    seq: Annotated[
+        str | None, typer.Option(help="Lengths to train and prefill, such as 128,512; by default the spec's context.")
+    ] = None,
+    past: Annotated[
+        str | None, typer.Option(help="Tokens behind which one more is decoded, such as 0,512; by default up to four.")
+    ] = None,
+    dtype: Dtype = "float32",
+    phases: Annotated[str, typer.Option(help="What to measure.")] = "train,prefill,decode",
+    predict: Annotated[bool, typer.Option(help="Also the latency that this device's calibration predicts.")] = False,
+    roofline: Annotated[
+        str | None, typer.Option(help="Also the least time on a device and the share of its peak; see `zoo device`.")
+    ] = None,
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed runs of each, more of quick ones.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model: training step, prefill, decoding and peak memory, against what was counted and predicted."""
+    from zoo.cli.bench import bench_model
+
+    raise typer.Exit(
+        bench_model(spec, device, batch, seq, past, dtype, phases, predict, roofline, threads, repeats, out, json)
+    )
 
 
 @app.command()
@@ -264,6 +319,28 @@ def probe_device(
     probe_device(device, threads, out, json)
 
 
+@device.command("calibrate")
+def calibrate_device(
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time to spend on timing.")] = 280.0,
+    prior: Annotated[
+        str | None, typer.Option(help="Another device's calibration, with which ten models are a start.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Draw half of the models from this space: best for searching it.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget what an interrupted calibration has timed.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the calibration there.")] = None,
+    json: Json = False,
+) -> None:
+    """Time some hundred small models on this machine, so that latencies of others can be predicted."""
+    from zoo.cli.devices import calibrate_device
+
+    calibrate_device(device, dtype, threads, seconds, prior, space, fresh, out, json)
+
+
 @app.command()
 def search(
     space: Annotated[
@@ -280,6 +357,9 @@ def search(
     ] = "loss",
     sampler: Annotated[str, typer.Option(help="evolution, tpe, nsga2, gp or random.")] = "evolution",
     pruner: Annotated[str, typer.Option(help="none, median or halving; for one objective.")] = "none",
+    latency: Annotated[
+        str, typer.Option(help="measured, or predicted from `zoo device calibrate` and measured for the finalists.")
+    ] = "measured",
     storage: Annotated[
         str | None, typer.Option(help="An Optuna storage URL; by default one file in the run's folder.")
     ] = None,
@@ -320,6 +400,7 @@ def search(
         "objective": objective,
         "sampler": sampler,
         "pruner": pruner,
+        "latency": latency,
         "storage": storage,
         "fresh": fresh,
         "device": device,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,99 @@ def probe_device(device: str, threads: int | None, out: Path | None, as_json: bo
         print_json(_facts(found))
     else:
         console().print(found.as_yaml(), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def calibrate_device(
+    device: str,
+    dtype: str,
+    threads: int | None,
+    seconds: float,
+    prior: str | None,
+    space: str | None,
+    fresh: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Time models on a device of this machine and keep what predicts others; goes on with one that was interrupted."""
+    from zoo.accounting import ALIASES
+    from zoo.device import resolve_device
+    from zoo.hardware.calibrate import calibrate
+    from zoo.hardware.probe import probe
+    from zoo.hardware.stopwatch import DeviceStopwatch
+    from zoo.hardware.store import calibration_path, find_predictor, log_path
+
+    place, dtype = resolve_device(device, threads), ALIASES.get(dtype, dtype)
+    before = None if prior is None else find_predictor(prior, dtype)
+    path, log = out or calibration_path(place, dtype), log_path(place, dtype)
+    if fresh:
+        log.unlink(missing_ok=True)
+    pool = None if space is None else _drawn_from(space, dtype)
+    with _progress() as tell:
+        try:
+            predictor = calibrate(
+                DeviceStopwatch(place),
+                probe(place),
+                log,
+                dtype=dtype,
+                seconds=seconds,
+                prior=before,
+                pool=pool,
+                tell=tell,
+            )
+        except KeyboardInterrupt:
+            raise ZooError(f"interrupted; the same command goes on, what was timed is in {log}") from None
+    predictor.save(path)
+    log.unlink(missing_ok=True)
+    facts = {
+        phase: {"samples": len(found.errors), "error": found.error, "interval": predictor.interval(phase)}
+        for phase, found in predictor.regressions.items()
+    }
+    if as_json:
+        print_json({"file": str(path), "device": str(place), "made": dict(predictor.made), "phases": facts})
+        return
+    rows = [
+        (phase, str(len(found.errors)), f"{found.error:.1%}", f"{low - 1:+.0%} to {high - 1:+.0%}")
+        for phase, found in predictor.regressions.items()
+        for low, high in [predictor.interval(phase)]
+    ]
+    title = f"{place}: error on models that the fit has not seen"
+    print_table(title, ("phase", "models", "mean error", "90% of them within"), rows, right=(1, 2))
+    console().print(f"wrote {path}", soft_wrap=True)
+
+
+def _drawn_from(name: str, dtype: str) -> Iterator[Any]:
+    """Samples drawn from a space, for a calibration that is to be best there."""
+    import random
+
+    from zoo.errors import SpecError
+    from zoo.hardware.samples import BATCHES, LENGTHS, Sample
+    from zoo.search.space import load_space
+
+    space, rng = load_space(name), random.Random(0)
+    while True:
+        try:
+            spec = space.spec_at(space.sample(rng))
+        except SpecError:
+            continue
+        lengths = [length for length in LENGTHS if length <= spec.context] if spec.root().causal else []
+        yield Sample(spec, rng.choice(BATCHES), rng.choice(lengths or [spec.context]), True, dtype)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Any], None]]:
+    """A bar on the terminal: seconds spent, models timed, and what the sentinel says of the machine."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("calibrating", total=None, said="")
+
+        def tell(step: Any) -> None:
+            said = f"{step.samples} models, machine within {step.deviation:.0%}"
+            bar.update(task, total=step.seconds, completed=step.spent, said=said)
+
+        yield tell
 
 
 def _facts(profile: Any) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.cli.bounds import mesh_facts
 from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, shown
+from zoo.cli.predictions import predicted, prediction_facts, print_predictions
 from zoo.errors import ZooError, did_you_mean
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from zoo.accounting import Tally, Workload
     from zoo.blocks.model import Spec
+    from zoo.cli.bounds import Drawing, OnMesh
     from zoo.component import Component
     from zoo.errors import Problem
     from zoo.hardware.roofline import Bounded
@@ -237,8 +240,14 @@ def print_cost(
     device: str | None,
     bound_by: str | None,
     as_json: bool,
+    drawing: Drawing | None,
+    mesh: OnMesh | None,
+    predict_on: str | None,
 ) -> None:
-    """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least."""
+    """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least.
+
+    With a drawing also the roofline as a picture, and with a mesh the least times on that.
+    """
     from zoo.accounting import Workload, figures, parts
     from zoo.spec.document import load
 
@@ -248,10 +257,14 @@ def print_cost(
     total = figures(_sum(tally for _, _, tally in tallies), work)
     measured = {} if device is None else dict(_measured(spec, work, device))
     least = {} if bound_by is None else _rooflines(spec, work, bound_by)
+    predictions = [] if predict_on is None else predicted(spec, work, predict_on)
+    meshes = {} if mesh is None else mesh.costs(spec, work)
+    picture = "" if drawing is None else drawing.draw(spec, work)
     if as_json:
         rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
         facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
-        print_json({**facts, "roofline": {phase: _bounds(parts) for phase, parts in least.items()}})
+        bounds = {"roofline": {phase: _bounds(parts) for phase, parts in least.items()}, "mesh": mesh_facts(meshes)}
+        print_json({**facts, **bounds, "predicted": prediction_facts(predictions)})
         return
     if layers:
         columns = ("params", "flops", "traffic", "state", "activations")
@@ -276,6 +289,12 @@ def print_cost(
         ]
         title = f"at least, on {bound_by} (roofline: a bound, not a forecast)"
         print_table(title, ("", "in all", *(f"bound by {name}" for name in BOUNDS)), times, right=(1, 2, 3, 4))
+    if predict_on is not None:
+        print_predictions(predictions, predict_on, layers)
+    if picture:
+        print(picture)
+    if mesh is not None:
+        mesh.show(meshes)
     if measured:
         from zoo.quantity import format_quantity
 
@@ -331,14 +350,21 @@ def print_kernels(device: str, dtype: str, as_json: bool) -> None:
     if as_json:
         print_json([row._asdict() for row in rows])
         return
-    chosen: set[str] = set()
     table = []
-    for row in rows:
-        serves = row.serves
-        verdict = "runs" if serves and row.primitive not in chosen else "could serve" if serves else row.reason
-        chosen |= {row.primitive} if serves else set()
-        table.append((row.primitive, row.implementation, str(verdict)))
-    print_table(f"{device}, {dtype}", ("primitive", "implementation", "verdict"), table)
+    for primitive in dict.fromkeys(row.primitive for row in rows):
+        of_it = [row for row in rows if row.primitive == primitive]
+        serving = [row.implementation for row in of_it if row.serves]
+        refused = "; ".join(f"{row.implementation}: {row.reason}" for row in of_it if not row.serves)
+        table.append((primitive, serving[0] if serving else "nothing", ", ".join(serving[1:]), refused))
+    print_table(f"{_where(device)}, {dtype}", ("primitive", "runs", "could serve", "refused"), table)
+
+
+def _where(device: str) -> str:
+    """A device, and what is said about it where it is not there."""
+    import torch
+
+    there = not device.startswith("cuda") or torch.cuda.is_available()
+    return device if there else f"{device} (none here: as with compute capability 8.0 or newer)"
 
 
 def print_choices(name: str, device: str, dtype: str, batch: int, seq: int | None, as_json: bool) -> None:
@@ -365,13 +391,16 @@ def print_choices(name: str, device: str, dtype: str, batch: int, seq: int | Non
         )
         for choice in found
     ]
-    print_table(f"{name} on {device}, {dtype}", ("phase", "primitive", "calls", "facts", "runs", "refused"), table)
+    columns = ("phase", "primitive", "calls", "facts", "runs", "refused")
+    print_table(f"{name} on {_where(device)}, {dtype}", columns, table)
 
 
 def _call_facts(facts: Mapping[str, Any]) -> str:
     """Shapes and flags of a call; flags that are off are left out."""
     shown = (
-        name if value is True else f"{name}={value}" for name, value in facts.items() if value not in (None, False, ())
+        name if value is True else f"{name}={value}"
+        for name, value in facts.items()
+        if value not in (None, False, ()) and (name, value) != ("dilation", 1)
     )
     return " ".join(shown)
 
@@ -388,13 +417,25 @@ def print_kernel_timings(as_json: bool) -> None:
         return
     if not found:
         raise ZooError(
-            "no timings are recorded with this version; `python -m bench.gpu` makes them where there is a GPU"
+            "no timings are recorded with this version; `python -m bench.gpu` makes them, in a checkout on a machine "
+            "with an NVIDIA GPU (bench/README.md)"
         )
     for each in found:
         versions = ", ".join(f"{name} {version}" for name, version in each["versions"].items())
         title = f"{each['device']}, {each['date']}: {versions}"
-        table = (tuple(str(value) for value in row.values()) for row in each["rows"])
-        print_table(title, tuple(each["rows"][0]), table)
+        columns = ("what", "ms", "share", "rival", "ratio", "at least", "verdict")
+        print_table(title, columns, map(_timing, each["rows"]), right=(1, 2, 4, 5))
+        wrong = [row["name"] for row in each["numerics"] if not row.get("right")]
+        console().print(
+            f"{len(each['numerics']) - len(wrong)} configurations right, {len(wrong)} wrong", *wrong, sep="\n"
+        )
+
+
+def _timing(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of recorded timings: a rival's ratio is its time over ours."""
+    verdict = row.get("error", {True: "met", False: "missed"}.get(row.get("met"), ""))  # type: ignore[arg-type]
+    shown = (str(row.get(name, "")) for name in ("what", "ms", "share", "rival", "ratio", "at_least"))
+    return *shown, verdict
 
 
 def _json_files(folder: Traversable) -> list[Traversable]:

@@ -191,7 +191,40 @@ def _print_results(results: Any) -> None:
     ]
     if rows:
         print_table("front", ("trial", *figures, "baseline"), rows, right=range(1, len(figures) + 1))
+    for name, origin in results.data.get("latency", {}).items():
+        if origin["kind"] != "measured":
+            console().print(f"{name}: {origin['text']}")
+    finalists = results.data["finalists"]
+    if finalists:
+        _print_finalists(finalists)
     mixing = results.data.get("mixing")
     if mixing:
         console().print(mixing["sentence"])
     console().print(f"{results.message}\nreport: {results.folder / 'report.html'}")
+
+
+def _print_finalists(finalists: dict[str, Any]) -> None:
+    """What was predicted against what was measured."""
+    from zoo.cli.output import print_table
+    from zoo.quantity import format_quantity
+    from zoo.search.finalists import interval
+
+    def time_of(seconds: float | None) -> str:
+        return "" if seconds is None else format_quantity(seconds, "time")
+
+    columns = ("trial", "predicted", "90% interval", "measured", "interval", "budget")
+    for figure in finalists["figures"]:
+        rows = [
+            (
+                str(row["number"]),
+                time_of(row["predicted"]),
+                interval(row["low"], row["high"]),
+                time_of(row["measured"]),
+                row["reason"] or ("inside" if row["inside"] else "outside"),
+                {True: "met", False: "missed", None: ""}[row["meets"]],
+            )
+            for row in finalists["rows"]
+            if row["figure"] == figure["figure"]
+        ]
+        print_table(f"finalists, {figure['figure']}", columns, rows, right=range(4))
+        console().print(figure["sentence"])

@@ -66,6 +66,23 @@ class Regression:
         rank = math.ceil((len(self.errors) + 1) * quantile)
         return math.inf if rank > len(self.errors) else 1 + float(np.sort(self.errors)[rank - 1])
 
+    def lower(self, quantile: float) -> float:
+        """The factor on a prediction above which a share `1 - quantile` of new measurements lies; 0 where unknown."""
+        rank = math.floor((len(self.errors) + 1) * quantile)
+        return 0.0 if rank < 1 else 1 + float(np.sort(self.errors)[rank - 1])
+
+    def widened(self, names: Sequence[str]) -> Self:
+        """The same over more features, of which those that it does not know cost nothing."""
+        places = [list(names).index(name) for name in self.names]
+        coefficients, covariance = np.zeros(len(names)), np.zeros((len(names), len(names)))
+        coefficients[places] = self.coefficients
+        covariance[np.ix_(places, places)] = self.covariance
+        return replace(self, names=tuple(names), coefficients=coefficients, covariance=covariance)
+
+    def judged(self, rows: NDArray[np.bool_]) -> Self:
+        """The same, whose errors are those of some of the measurements only."""
+        return replace(self, errors=self.errors[rows])
+
     @property
     def error(self) -> float:
         """Mean absolute relative error on measurements that the fit has not seen."""

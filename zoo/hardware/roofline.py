@@ -6,24 +6,27 @@ reach a part of the peak. It ranks well, costs microseconds, and needs neither t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from zoo.accounting import Workload, places
+from zoo.accounting import Place, Workload, places
+from zoo.hardware.features import Phase
 from zoo.hardware.profile import Profile
+from zoo.latency import Context, LatencyFigure
+from zoo.latency import Phase as TimedPhase
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
-    from zoo.cost import Cost
+    from zoo.cost import Operator
 
 Bound = Literal["arithmetic", "memory", "launches"]
-Phase = Literal["forward", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
 class Bounded:
-    """Seconds that a part of a model takes at least, in all and by what bounds them."""
+    """Seconds that a part of a model takes at least, those of its operators by what bounds them."""
 
     path: str
     arithmetic: float
@@ -32,8 +35,8 @@ class Bounded:
 
     @property
     def seconds(self) -> float:
-        """Arithmetic and memory overlap; being launched does not."""
-        return max(self.arithmetic, self.memory) + self.launches
+        """In all: arithmetic and memory overlap inside an operator, operators and their launches do not."""
+        return self.arithmetic + self.memory + self.launches
 
     @property
     def bound(self) -> Bound:
@@ -46,15 +49,61 @@ class Bounded:
 def roofline(spec: Spec, work: Workload, device: Profile, phase: Phase = "forward") -> list[Bounded]:
     """The bound of each part, in order; the model's is their sum.
 
-    `t = max(flops / peak, bytes / bandwidth) + operators * launch`, with one operator for each component inside a part.
+    Each operator of a part takes `max(flops / peak, bytes / bandwidth) + launch` for each of its calls.
     """
     return list(_bounded(spec, work.at(spec.context), device, phase))
 
 
 def _bounded(spec: Spec, work: Workload, device: Profile, phase: Phase) -> Iterator[Bounded]:
-    rate = device.rate(work.dtype)
     for place in places(spec.fill(), work):
-        call = place.tokens if phase == "forward" else place.token
-        cost: Cost = place.component.cost(place.scope, call)
-        operators = sum(1 for _ in place.component.walk(place.scope))
-        yield Bounded(place.path, cost.flops / rate, cost.traffic / device.bandwidth, operators * device.launch)
+        call = place.token if phase == "decode" else place.tokens
+        yield bounded(place.path, place.component.cost(place.scope, call).operators, device, work.dtype, phase)
+
+
+def bounded(path: str, operators: Iterable[Operator], device: Profile, dtype: str, phase: Phase) -> Bounded:
+    """The bound of a part from its operators, each counted to what bounds it.
+
+    In training an operator's backward pass moves twice what its forward pass does, and starts twice as often.
+    """
+    rate = device.rate(dtype)
+    arithmetic = memory = launches = 0.0
+    passes = 3 if phase == "train" else 1
+    for piece in operators:
+        flops = piece.flops + piece.backward if phase == "train" else piece.flops
+        computing, moving = flops / rate, passes * piece.traffic / device.bandwidth
+        if computing > moving:
+            arithmetic += computing * piece.calls
+        else:
+            memory += moving * piece.calls
+        launches += passes * piece.calls * device.launch
+    return Bounded(path, arithmetic, memory, launches)
+
+
+def least_seconds(operators: Iterable[Operator], device: Profile, dtype: str, phase: Phase = "forward") -> float:
+    """The bound of operators in all."""
+    return bounded("", operators, device, dtype, phase).seconds
+
+
+def estimator(device: Profile, dtype: str, phase: Phase = "forward") -> Callable[[Place], float]:
+    """The bound of one part of a model; those of all parts add up to the model's."""
+
+    def seconds(place: Place) -> float:
+        call = place.token if phase == "decode" else place.tokens
+        return least_seconds(place.component.cost(place.scope, call).operators, device, dtype, phase)
+
+    return seconds
+
+
+class RooflineLatency:
+    """A `LatencySource` that answers with the least time on a device; the interval reaches to infinity."""
+
+    def __init__(self, device: Profile) -> None:
+        self.device = device
+
+    def latency(
+        self, spec: Spec, context: Context, phase: TimedPhase = "forward", quantile: float = 0.5
+    ) -> LatencyFigure:
+        del quantile
+        work = Workload(context.batch, context.seq, context.past, context.dtype)
+        seconds = sum(part.seconds for part in roofline(spec, work, self.device, phase))
+        return LatencyFigure(seconds, seconds, math.inf, "roofline", self.device.name)

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from zoo.kernels.convolution import causal_convolution, long_convolution
     from zoo.kernels.cross_entropy import linear_cross_entropy
     from zoo.kernels.delta import delta_rule
-    from zoo.kernels.grouped import block_diagonal_matmul, grouped_matmul, route, sort_by_group
+    from zoo.kernels.grouped import (
+        block_diagonal_matmul,
+        grouped_matmul,
+        route,
+        sort_by_group,
+        sort_by_subset,
+        subset_matmul,
+    )
     from zoo.kernels.linear_recurrence import recurrence
     from zoo.kernels.pointwise import (
         gated_activation,
@@ -48,6 +55,8 @@ __all__ = [
     "route",
     "selective_scan",
     "sort_by_group",
+    "sort_by_subset",
+    "subset_matmul",
     "use",
 ]
 
@@ -70,6 +79,8 @@ _HOMES = {
     "route": "grouped",
     "selective_scan": "scan",
     "sort_by_group": "grouped",
+    "sort_by_subset": "grouped",
+    "subset_matmul": "grouped",
 }
 
 

@@ -31,6 +31,7 @@ HOMES: Mapping[str, str] = {
     "grouped_matmul": "grouped",
     "block_diagonal_matmul": "grouped",
     "route": "grouped",
+    "subset_matmul": "grouped",
     "rms_norm": "pointwise",
     "layer_norm": "pointwise",
     "rotary": "pointwise",
@@ -47,13 +48,15 @@ IMPLEMENTATIONS = ("triton", "torch", "reference")
 class Call(NamedTuple):
     """What an implementation may base its answer on; `facts` holds shapes and flags under the primitive's own names.
 
-    `chosen` tells that the implementation was asked for by `use`.
+    `chosen` tells that the implementation was asked for by `use`, `supposed` that the call is only talked about: a
+    device that is not there then counts as one that serves.
     """
 
     device: str
     dtype: torch.dtype
     facts: Mapping[str, Any] = {}
     chosen: bool = False
+    supposed: bool = False
 
 
 def serves_all(call: Call) -> str | None:
@@ -178,8 +181,11 @@ def use(**choices: str) -> Iterator[None]:
 
 
 def explain(device: str = "cpu", dtype: str | torch.dtype = "float32") -> list[Row]:
-    """For each primitive, in order of preference, which implementations serve on `device` in `dtype`, or why not."""
-    call = Call(device_kind(device), as_dtype(dtype))
+    """For each primitive, in order of preference, which implementations serve on `device` in `dtype`, or why not.
+
+    For CUDA where there is none, the answer is that of a device that kernels support.
+    """
+    call = Call(device_kind(device), as_dtype(dtype), supposed=True)
     return [
         Row(name, implementation.name, implementation.supports(call))
         for name in HOMES

@@ -71,7 +71,7 @@ def refusal(call: Call, dtypes: Collection[str] = ("float32", "float16", "bfloat
         return f"needs a CUDA device, not {call.device}"
     elif not sys.platform.startswith("linux"):
         return f"Triton runs on Linux, not on {sys.platform}"
-    elif (reason := _unfit()) is not None:
+    elif (reason := _unfit(call.supposed)) is not None:
         return reason
     name = str(call.dtype).removeprefix("torch.")
     return None if name in dtypes else f"takes {', '.join(dtypes)}, not {name}"
@@ -82,17 +82,17 @@ def _simulated() -> str | None:
     return _stand_in.get()
 
 
-def _unfit() -> str | None:
-    """Why the CUDA device of this machine cannot run kernels."""
-    return _capability()
+def _unfit(supposed: bool) -> str | None:
+    """Why the CUDA device of this machine cannot run kernels; one that is only supposed can."""
+    return _capability(supposed)
 
 
 @cache
-def _capability() -> str | None:
+def _capability(supposed: bool) -> str | None:
     import torch
 
     if not torch.cuda.is_available():
-        return "there is no CUDA device on this machine"
+        return None if supposed else "there is no CUDA device on this machine"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"needs compute capability 8.0 or newer, the device has {major}.{minor}"
 

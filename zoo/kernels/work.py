@@ -192,6 +192,11 @@ def grouped_matmul_flops(rows: int, input_width: int, output_width: int) -> int:
     return 2 * rows * input_width * output_width
 
 
+def subset_matmul_flops(rows: int, taken: int, output_width: int, input_width: int) -> int:
+    """Matrix products of `subset_matmul`: every row meets the blocks that it takes."""
+    return 2 * rows * taken * output_width * input_width
+
+
 def block_diagonal_matmul_flops(rows: int, blocks: int, input_width: int, output_width: int) -> int:
     """Matrix products of `block_diagonal_matmul`, the widths being a block's."""
     return 2 * rows * blocks * input_width * output_width

@@ -5,7 +5,8 @@
     operator := "<=" | "<" | ">=" | ">" with a quantity or `60% of NAME`, or "in" with `[quantity, quantity]`
 
 For example `params<=2M latency<=15ms@cpu{batch=1,seq=1024,quantile=0.9} flops<=60% of gpt2`. `METRICS` lists the
-metrics with their units and the context keys that each depends on.
+metrics with their units and the context keys that each depends on. A device is `cpu`, `cuda` or `cuda:N` of this
+machine, one whose profile is shipped (`zoo device list`), or one that was calibrated, by name or file.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from zoo.device import device_name
-from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean
+from zoo.errors import Mark, Problem, SpecError, ZooError, did_you_mean, nearest
 from zoo.quantity import (
     EXAMPLES,
     Dimension,
@@ -267,6 +269,35 @@ def _intersected(terms: list[Term], new: Term) -> tuple[list[Term], str]:
     return [*terms[:index], new, *terms[index + 1 :]], ""
 
 
+def latency_device(name: str) -> str:
+    """The name of a device on which a term may hold: of this machine, of a shipped profile, or calibrated.
+
+    `cpu`, `cuda` and `cuda:N` mean this machine, whether or not it has them. Raises `ZooError` with the nearest name.
+    """
+    try:
+        return device_name(name)
+    except ZooError as error:
+        from zoo.hardware.profile import profile_names
+
+        profiles = profile_names()
+        if name in profiles:
+            return name
+        from zoo.hardware.store import calibrations
+
+        if name.endswith(".json") and Path(name).is_file():
+            return name
+        calibrated = {predictor.profile.name for _, predictor in calibrations()}
+        if name in calibrated:
+            return name
+        elsewhere = {*profiles, *calibrated}
+        best = nearest(name, ("cpu", "cuda", *sorted(elsewhere)))
+        if best in elsewhere:
+            raise ZooError(f"unknown device {name!r}; did you mean {best!r}?") from None
+        if "known: " in str(error):
+            raise ZooError(f"{error}, {', '.join(sorted(elsewhere))}, or the file of a calibration") from None
+        raise
+
+
 class _UnreadableError(Exception):
     """What makes the rest of a term unreadable; reading goes on at the next term."""
 
@@ -422,7 +453,7 @@ class _Reader:
             self.problem(column, f"{metric.name} is the same on every device; leave `@{name}` out")
             return None
         try:
-            return device_name(name)
+            return latency_device(name)
         except ZooError as error:
             self.problem(column, str(error))
             return None

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from zoo.search.finalists import Finalist, interval
 from zoo.search.objective import Objective
 from zoo.search.results import Results, figure, shown
 from zoo.search.study import SearchListener, Start
@@ -57,6 +58,9 @@ class LiveProgress(SearchListener):
         objectives = ", ".join(objective.name for objective in start.objectives)
         budget = " ".join(term.describe() for term in start.budget.terms) or "no budget"
         self._print(f"search of {start.space} for {objectives}; {budget}; {start.trials} trials; in {start.folder}")
+        for name, origin in start.latency.items():
+            if origin.kind != "measured":
+                self._print(f"{name}: {origin.text}")
         if self._before:
             self._print(f"going on after {self._before} trials")
         if start.others:
@@ -80,6 +84,14 @@ class LiveProgress(SearchListener):
         self._done += trial.trained
         self._now, self._step = "", None
         self._print(self._line(trial))
+
+    def finalist(self, finalist: Finalist, done: int, count: int) -> None:
+        self._now = ""
+        self._print(
+            f"finalist {done}/{count}  trial {finalist.number}  {finalist.figure} predicted "
+            f"{shown(finalist.figure, finalist.predicted)} ({interval(finalist.low, finalist.high)}), "
+            + (finalist.reason or f"measured {shown(finalist.figure, finalist.measured or 0.0)}")
+        )
 
     def ended(self, results: Results) -> None:
         self._now = ""

@@ -1,4 +1,4 @@
-"""Figures of candidates before they are trained: counted from tables, or measured on a device."""
+"""Figures of candidates before they are trained: counted from tables, or told by whoever knows a device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.accounting import Workload, metrics
-from zoo.latency import Context, LatencySource
+from zoo.accounting import Place, Workload, metrics
+from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, Term, TermContext
+from zoo.search.latencies import parts
 from zoo.search.objective import Objective
-from zoo.search.repair import Repair, workload
+from zoo.search.repair import Repair, label, workload
 from zoo.search.table import CostTable
 from zoo.search.trial import Point
 
@@ -36,9 +37,21 @@ def latency_context(term: Term, spec: Spec) -> Context:
     )
 
 
-def label(term: Term) -> str:
-    """What the figure of a term is called among a trial's metrics: its metric, device and circumstances."""
-    return f"{term.metric}{'@' if term.device else ''}{term.device or ''}{term.context}"
+def told(source: LatencySource, spec: Spec, term: Term, quantile: float | None = None) -> LatencyFigure:
+    """What a source says of a spec under a term, at a quantile that is not the term's if given."""
+    return source.latency(
+        spec, latency_context(term, spec), phase_of(term), quantile_of(term) if quantile is None else quantile
+    )
+
+
+def phase_of(term: Term) -> Phase:
+    """What a term on a latency times."""
+    return "decode" if term.metric == "decode" else "forward"
+
+
+def quantile_of(term: Term) -> float:
+    """The quantile that a term speaks of: the median unless it names one."""
+    return 0.5 if term.context.quantile is None else term.context.quantile
 
 
 @dataclass(slots=True)
@@ -54,6 +67,9 @@ class Fitted:
 
 class Meter:
     """Counts and measures candidates of a space under the terms of a budget and the objectives.
+
+    Latencies that are sums over the parts of a model, as predictors and rooflines give them, are in the tables too, so
+    that the repair meets them like any other figure.
 
     sources: whatever tells latencies, by device. device: where terms that name none are measured.
     """
@@ -77,7 +93,14 @@ class Meter:
         self._labels = [(term, label(term)) for term in self.counted]
         self._named = [(term, str(term), label(term)) for term in budget.terms]
         works = dict.fromkeys([Workload(), *map(workload, [*self.counted, *shrinking])])
-        self.tables: Mapping[Workload, CostTable] = {work: CostTable(space, work) for work in works}
+        extras: dict[Workload, dict[str, Callable[[Place], float]]] = {work: {} for work in works}
+        for term in self.measured:
+            seconds = parts(self.source(term), term.context.dtype or "float32", phase_of(term), quantile_of(term))
+            if seconds is not None:
+                extras.setdefault(workload(term), {})[label(term)] = seconds
+        self.tables: Mapping[Workload, CostTable] = {
+            work: CostTable(space, work, theirs) for work, theirs in extras.items()
+        }
 
     def figures(self, point: Point) -> dict[str, float]:
         """Everything that is counted: all metrics under the default work, and those that terms ask for elsewhere."""
@@ -95,10 +118,11 @@ class Meter:
 
     def latency(self, spec: Spec, term: Term) -> float:
         """Seconds that a term speaks of, for a spec."""
-        source = self._sources(term.device or self.device)
-        phase = "decode" if term.metric == "decode" else "forward"
-        quantile = 0.5 if term.context.quantile is None else term.context.quantile
-        return source.latency(spec, latency_context(term, spec), phase, quantile).seconds
+        return told(self.source(term), spec, term).seconds
+
+    def source(self, term: Term) -> LatencySource:
+        """Who tells the latency that a term speaks of."""
+        return self._sources(term.device or self.device)
 
     def fit(
         self,
@@ -136,11 +160,11 @@ class Meter:
                     point,
                     spec,
                     measured,
-                    f"took {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}",
+                    f"takes {measured[label(missed)] * 1e3:.3g}ms where the budget says {missed.describe()}",
                     tried[:-1],
                 )
             term, seconds = max(over, key=lambda found: found[1] / found[0].high)
-            slowest = slowest or f"took {seconds * 1e3:.3g}ms where the budget says {term.describe()}"
+            slowest = slowest or f"takes {seconds * 1e3:.3g}ms where the budget says {term.describe()}"
             for late, took in over:
                 proxy = self.proxy(late, 1.0)
                 work = workload(proxy)
@@ -171,10 +195,7 @@ def resolved(budget: Budget, sources: Callable[[str], LatencySource], device: st
 
         spec = load(name)
         if term.needs_measurement:
-            source = sources(term.device or device)
-            phase = "decode" if term.metric == "decode" else "forward"
-            quantile = 0.5 if term.context.quantile is None else term.context.quantile
-            return source.latency(spec, latency_context(term, spec), phase, quantile).seconds
+            return told(sources(term.device or device), spec, term).seconds
         return float(metrics(spec, workload(term))[term.metric])
 
     return budget.resolve(lookup)

@@ -16,8 +16,8 @@ Floats = NDArray[np.float64]
 class Options:
     """The valid settings of a layer where it stands, with what each adds.
 
-    sums: `[settings, figures]`, what adds up over layers. peaks: `[settings]`. forms: a bit for each setting that
-    stands for its form. decisions: how many the layer has.
+    sums: `[settings, figures]`, what adds up over layers. peaks: `[settings, 2]`, of which the largest count.
+    forms: a bit for each setting that stands for its form. decisions: how many the layer has.
     """
 
     def __init__(

@@ -15,6 +15,8 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from zoo.errors import Problem, SpecError
@@ -185,10 +187,34 @@ class Unit:
     block: Block
     index: Mapping[str, int] = field(init=False, repr=False)
     """The numbers of its decisions by name."""
+    levels: tuple[int, ...] = field(init=False, repr=False)
+    """For each decision how many others lie above it: whether it is asked follows from those with a smaller number."""
 
     def __post_init__(self) -> None:
         index = {decision.name: number for number, decision in enumerate(self.decisions)}
         object.__setattr__(self, "index", index)
+        object.__setattr__(self, "levels", self._levels())
+
+    def _levels(self) -> tuple[int, ...]:
+        levels = [0] * len(self.decisions)
+        pending: list[tuple[Block, int]] = [(self.block, 0)]
+        while pending:
+            block, level = pending.pop()
+            for step in block:
+                if isinstance(step, Listing):
+                    # How many entries there are may follow from any decision in front of them.
+                    return tuple(range(len(self.decisions)))
+                if isinstance(step, Decide):
+                    levels[self.index[step.decision.name]] = level
+                    pending += [(inside, level + 1) for inside in step.branches.values()]
+        return tuple(levels)
+
+    def steps(self, setting: Setting) -> Iterator[tuple[tuple[int, ...], Any]]:
+        """The decisions of each level of a setting with their values; the value itself of one alone."""
+        values = dict(setting)
+        for _, slots in groupby(sorted(values, key=self.levels.__getitem__), key=self.levels.__getitem__):
+            level = tuple(slots)
+            yield level, itemgetter(*level)(values)
 
     def setting(self, program: Program, point: Mapping[str, Value]) -> Setting:
         """Its own active decisions at a point, as indices into `decisions` with values."""

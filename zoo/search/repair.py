@@ -33,7 +33,7 @@ from zoo.quantity import format_quantity
 from zoo.search.budget import Budget, Term
 from zoo.search.options import Floats, Options
 from zoo.search.program import Decision, Point, Setting, Unit, Value
-from zoo.search.table import CostTable, alternatives, linear
+from zoo.search.table import CostTable, alternatives
 
 if TYPE_CHECKING:
     from zoo.search.space import Space
@@ -67,6 +67,21 @@ def workload(term: Term) -> Workload:
     """The work under which a term's figure is counted."""
     context = term.context
     return Workload(context.batch or 1, context.seq, context.past, context.dtype or "float32")
+
+
+def label(term: Term) -> str:
+    """What the figure of a term is called among a trial's metrics: its metric, device and circumstances."""
+    return f"{term.metric}{'@' if term.device else ''}{term.device or ''}{term.context}"
+
+
+def column(term: Term) -> str:
+    """What a table calls the figure of a term that it can count."""
+    return label(term) if term.needs_measurement else term.metric
+
+
+def _countable(term: Term, tables: Mapping[Workload, CostTable]) -> bool:
+    table = tables.get(workload(term))
+    return not term.needs_measurement or (table is not None and label(term) in table.extras)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,11 +141,14 @@ class Change(NamedTuple):
 
 
 class Repair:
-    """Brings points under a budget; only terms that can be counted are looked at."""
+    """Brings points under a budget; only terms that can be counted are looked at.
+
+    Those are the ones on the spec alone, and those on a latency that a table has among its extras, by `label`.
+    """
 
     def __init__(self, space: Space, tables: Mapping[Workload, CostTable], budget: Budget) -> None:
         self.space = space
-        self.terms = [term for term in budget.terms if not term.needs_measurement]
+        self.terms = [term for term in budget.terms if _countable(term, tables)]
         works = dict.fromkeys([workload(term) for term in self.terms] or [*tables][:1] or [Workload()])
         self.tables = {work: tables.get(work) or CostTable(space, work) for work in works}
         self._of_term = [self.tables[workload(term)] for term in self.terms]
@@ -189,7 +207,7 @@ class Repair:
         for term in self.terms:
             found = figures[workload(term)]
             assert found is not None
-            total += term.violation(found[term.metric])
+            total += term.violation(found[column(term)])
         return total
 
     def infeasible(self) -> str | None:
@@ -210,7 +228,7 @@ class Repair:
         for term, table in zip(self.terms, self._of_term, strict=True):
             above = term.high < math.inf
             for largest in [False] * above + [True] * (term.low > 0 or term.low_strict):
-                value, point = table.extreme(term.metric, largest=largest)
+                value, point = table.extreme(column(term), largest=largest)
                 missed = value < term.low if largest else value > term.high
                 strict = term.low_strict if largest else term.high_strict
                 if missed or (strict and value == (term.low if largest else term.high)):
@@ -220,12 +238,13 @@ class Repair:
         shown = format_quantity(value, term.dimension)
         relaxed = _rounded(value, up=not largest)
         relation = ">=" if largest else "<="
+        where = f"@{term.device}" if term.device else ""
         bound = format_quantity(relaxed, term.dimension)
         names = self._sizes(point)
         widest = f", or add {'larger' if largest else 'smaller'} choices to `{names[0]}`" if names else ""
         return (
             f"{term.text or term} cannot be met: the {'largest' if largest else 'smallest'} reachable value is {shown} "
-            f"({self._described(point)}); relax it to {term.metric}{relation}{bound}{term.context}{widest}"
+            f"({self._described(point)}); relax it to {term.metric}{relation}{bound}{where}{term.context}{widest}"
         )
 
     def _conflict(self) -> str:
@@ -234,7 +253,7 @@ class Repair:
         tried = list(self._tried)
         for term, table in zip(self.terms, self._of_term, strict=True):
             for largest in (False, True):
-                tried.append(table.extreme(term.metric, largest=largest)[1])
+                tried.append(table.extreme(column(term), largest=largest)[1])
                 state = self._state(tried[-1])
                 if state is not None:
                     tried.append(self.space.normalised(self._point(self._descended(state, frozenset(), rng))))
@@ -245,7 +264,7 @@ class Repair:
         for term, table in zip(self.terms, self._of_term, strict=True):
             figures = table.figures(best)
             assert figures is not None
-            value = figures[term.metric]
+            value = figures[column(term)]
             shown = f"{term.metric} {format_quantity(value, term.dimension)}"
             excess = term.violation(value)
             wanted = term.text or str(term)
@@ -391,12 +410,12 @@ class Repair:
             base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
             for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
                 frame = table.frame(point)
-                if not frame:
+                if frame is None:
                     return base, floor
-                rows = [row for before in frame for row in before]
-                weights, peak = linear(term.metric, table.layout(point).surroundings.work)
-                base[number] = sum(float(weights @ np.array(row.sums)) for row in rows)
-                floor[number] = peak * max((row.peak for row in rows), default=0.0)
+                sums, peaks = frame
+                weights, peak = table.linear(column(term), table.layout(point).surroundings.work)
+                base[number] = (sums @ weights).sum()
+                floor[number] = (peaks @ peak).max(initial=0.0)
             board.frames[key] = base, floor
         return board.frames[key]
 
@@ -407,10 +426,10 @@ class Repair:
             peaks = np.zeros_like(values)
             for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
                 layout = table.layout(point)
-                weights, peak = linear(term.metric, layout.surroundings.work)
+                weights, peak = table.linear(column(term), layout.surroundings.work)
                 theirs = options if table is self._first else table.options(unit, point, layout)
                 values[:, number] = theirs.sums @ weights
-                peaks[:, number] = theirs.peaks * peak
+                peaks[:, number] = theirs.peaks @ peak
             self._offers[id(options)] = options, values, peaks
         return self._offers[id(options)][1:]
 

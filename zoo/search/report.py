@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from zoo.quantity import format_quantity
+from zoo.search.agreement import section
+from zoo.search.latencies import BOUND
 
 COLOURS = ("#2f66b3", "#b45f06", "#2b7d56", "#a63a72", "#6a51a8", "#7d6a10", "#1f7a8c", "#7a4a2e")
 """Of the mixers: told apart with every kind of colour vision, and dark enough for white letters."""
 PHASES = {
     "train": ("training", "#2b7d56"),
-    "measure": ("measuring latency", "#2f66b3"),
+    "measure": ("telling latency", "#2f66b3"),
     "repair": ("fitting to the budget", "#6a51a8"),
     "propose": ("proposing", "#b45f06"),
     "spec": ("making specs", "#1f7a8c"),
@@ -43,6 +45,7 @@ class _Page:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
         self.trials: Sequence[Row] = data["trials"]
+        self.latency: Mapping[str, Row] = data["latency"]
         self.objectives: Sequence[Row] = data["objectives"]
         self.by_number = {trial["number"]: trial for trial in self.trials}
         self.complete = [trial for trial in self.trials if trial["status"] == "complete"]
@@ -65,7 +68,7 @@ class _Page:
             "title": escape(f"Search of {self.name}"),
             "heading": escape(f"Search of {self.name}"),
             "lead": self._lead(),
-            "budget": "".join(f"<li>{escape(term['shown'])}</li>" for term in data["terms"]) or "<li>no budget</li>",
+            "budget": "".join(map(self._chip, data["terms"])) or "<li>no budget</li>",
             "verdict": self._verdict(),
             "tiles": self._tiles(),
             "plot_note": self._plot_note(),
@@ -80,6 +83,7 @@ class _Page:
             "front_note": "How much of each bound is used, and what is left of it. "
             + ("No other candidate is better in one objective without being worse in another." if self.multi else ""),
             "front": self._table(self.rows),
+            "agreement": section(data["finalists"], data["terms"]),
             "baselines_note": "The same mixer in every layer, trained first and in the same way as all others. "
             "Where the budget did not allow one as it was, it was made to fit.",
             "baselines": self._table([trial for trial in self.trials if trial["baseline"]]),
@@ -102,7 +106,15 @@ class _Page:
         names = [f"{'highest' if o['direction'] == 'maximize' else 'lowest'} {o['name']}" for o in self.objectives]
         size = self.data["space"]["size"]
         space = "a space with real-valued holes" if size is None else f"{_large(size)} architectures"
-        return escape(f"Looking for the {' and the '.join(names)} among {space}.")
+        bounds = [f" {name}: {BOUND}." for name, origin in self.latency.items() if origin["kind"] == "roofline"]
+        return escape(f"Looking for the {' and the '.join(names)} among {space}.{''.join(bounds)}")
+
+    def _chip(self, term: Row) -> str:
+        """A term of the budget, with where its figure comes from unless that was counted or measured."""
+        origin = self.latency.get(term["figure"])
+        kind = "measured" if origin is None else origin["kind"]
+        said = {"measured": "", "predicted": ", predicted", "roofline": f", {BOUND}"}[kind]
+        return f"<li>{escape(term['shown'] + said)}</li>"
 
     def _verdict(self) -> str:
         mixing = self.data["mixing"]
@@ -278,7 +290,7 @@ class _Page:
             "seed": data["seed"],
             "sampler": f"{identity.get('sampler')}, pruner {identity.get('pruner')}",
             "device": data["device"],
-            "latency measured on": identity.get("latency device"),
+            "latency": identity.get("latency"),
             "versions": ", ".join(f"{name} {version}" for name, version in data["versions"].items()),
             "space": f"{data['space']['name'] or 'unnamed'}, {data['space']['hash']}, "
             f"{data['space']['decisions']} decisions" + ("" if size is None else f", {_large(size)} architectures"),

@@ -1,6 +1,7 @@
 """What a search leaves behind: results.json, the best and the front as specs, and a report to look at.
 
-All of it follows from the study alone, so it can be written anew at any time; each file is whole or the one before.
+All of it follows from the study and the measured finalists alone, so it can be written anew at any time; each file is
+whole or the one before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from zoo.device import fingerprint
 from zoo.errors import ZooError
 from zoo.quantity import format_quantity
 from zoo.search.budget import METRICS, Budget
+from zoo.search.finalists import load_finalists, summary
 from zoo.search.measure import label
 from zoo.search.objective import Objective, parse_objectives
 from zoo.search.trial import Archive, Trial
@@ -83,8 +85,12 @@ def facts_of(
     objectives: Sequence[Objective],
     identity: Mapping[str, Any],
     trials: int,
+    latency: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Where, when and with what a search was started; the study keeps it for the report."""
+    """Where, when and with what a search was started; the study keeps it for the report.
+
+    latency: by figure, the `Origin` of each latency as data.
+    """
     return {
         "command": command,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -100,6 +106,7 @@ def facts_of(
         "budget": str(budget),
         "objective": ",".join(objective.name for objective in objectives),
         "seed": identity.get("seed"),
+        "latency": dict(latency),
     }
 
 
@@ -194,6 +201,7 @@ class Writer:
             "best": None if best is None else best.number,
             "front": [trial.number for trial in front],
             "mixing": mixing(trials, self.objectives),
+            "finalists": summary(load_finalists(self.folder), budget),
             "trials": [
                 {
                     "number": trial.number,

@@ -13,20 +13,22 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.device import device_name, resolve_device
 from zoo.errors import InfeasibleError, SpecError, ZooError
-from zoo.latency import LatencySource, MeasuredLatency
+from zoo.latency import LatencySource
 from zoo.search.architecture import architecture
-from zoo.search.budget import Budget
+from zoo.search.budget import Budget, Term, latency_device
 from zoo.search.evaluate import Evaluation, EvaluationError, Evaluator, TrainEvaluator
+from zoo.search.finalists import FILE as FINALISTS
+from zoo.search.finalists import Finalist, chosen, finalists_text, load_finalists, measure_finalist, pending
+from zoo.search.latencies import Latencies, Latency, Measured, Origin, check_latency, is_here, origin
 from zoo.search.measure import Fitted, Meter, label, resolved
 from zoo.search.objective import Objective, parse_objectives
 from zoo.search.repair import Repair
-from zoo.search.results import Results, Writer, facts_of
+from zoo.search.results import Results, Writer, facts_of, write_text
 from zoo.search.sampler import (
     Evolution,
     OptunaProposer,
@@ -59,9 +61,10 @@ class SearchSettings:
 
     space: a file, a shipped name, or the space itself. trials: candidates to train in all, those of earlier sessions
     included. storage: an Optuna storage URL in place of a journal in `out`. fresh: replace a search that is there.
-    timeout: seconds after which this session starts no further candidate. device: where latencies that name no device
-    are measured. train: how candidates are trained; needed unless an evaluator is given. command: as the report shows
-    it.
+    timeout: seconds after which this session starts no further candidate. latency: whether latencies on this machine
+    are measured, or predicted from its calibration and measured for the finalists at the end. device: where latencies
+    that name no device hold. train: how candidates are trained; needed unless an evaluator is given. command: as the
+    report shows it.
     """
 
     space: str | Path | Space
@@ -75,6 +78,7 @@ class SearchSettings:
     out: Path = Path("runs/search")
     fresh: bool = False
     timeout: float | None = None
+    latency: Latency = "measured"
     device: str = "cpu"
     train: TrainSettings | None = None
     command: str = ""
@@ -92,6 +96,8 @@ class Start:
     folder: Path
     others: tuple[str, ...] = ()
     """Processes that work on the same search already."""
+    latency: Mapping[str, Origin] = field(default_factory=dict)
+    """Where each latency comes from."""
 
 
 class SearchListener:
@@ -101,13 +107,16 @@ class SearchListener:
         """Before the first candidate of this session."""
 
     def candidate(self, number: int, phase: str, shape: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """A candidate is now measured or trained (`phase`)."""
+        """A candidate is now measured, predicted or trained (`phase`: measuring, predicting, training)."""
 
     def training(self, progress: Any, /) -> None:
         """Progress of the training in hand, a `zoo.train.progress.Progress`."""
 
     def finished(self, trial: Trial, front: Sequence[Trial]) -> None:
         """A trial was recorded; `front` are the best so far."""
+
+    def finalist(self, finalist: Finalist, done: int, count: int) -> None:
+        """After the last candidate: one latency that was predicted was measured, `done` of `count`."""
 
     def ended(self, results: Results) -> None:
         """No further candidate in this session; also after Ctrl-C."""
@@ -141,14 +150,16 @@ def run_search(
     evaluator: Evaluator | None = None,
     progress: SearchListener | None = None,
     latency: Callable[[str], LatencySource] | None = None,
+    measured: Callable[[str], LatencySource] | None = None,
 ) -> Results:
     """Search until `trials` candidates are trained, the space is exhausted, or Ctrl-C; then say what was found.
 
-    `latency` tells who knows the latencies of a device; by default they are measured. Raises `ZooError` for settings
-    that do not fit each other, a budget that nothing meets, and a run folder of another search; once the first
-    candidate is on its way, nothing that was found is lost, whatever happens.
+    `latency` tells who knows the latencies of a device, by default what `settings.latency` says; `measured` who
+    measures the finalists of a search that predicts. Raises `ZooError` for settings that do not fit each other, a
+    budget that nothing meets, and a run folder of another search; once the first candidate is on its way, nothing that
+    was found is lost, whatever happens.
     """
-    return _Search(settings, evaluator, progress or SearchListener(), latency).run()
+    return _Search(settings, evaluator, progress or SearchListener(), latency, measured).run()
 
 
 class _Search:
@@ -158,6 +169,7 @@ class _Search:
         evaluator: Evaluator | None,
         listener: SearchListener,
         latency: Callable[[str], LatencySource] | None,
+        measured: Callable[[str], LatencySource] | None,
     ) -> None:
         if settings.trials < 1:
             raise ZooError(f"a search needs at least one trial, found {settings.trials}")
@@ -167,8 +179,11 @@ class _Search:
         self.space: Space = load_space(settings.space) if isinstance(settings.space, str | Path) else settings.space
         self.space.validate()
         given = Budget.parse(settings.budget) if isinstance(settings.budget, str) else settings.budget
-        sources = latency or _Measured(None if settings.train is None else settings.train.threads)
-        device_name(settings.device)
+        check_latency(settings.latency)
+        latency_device(settings.device)
+        threads = None if settings.train is None else settings.train.threads
+        sources = latency or Latencies(settings.latency, threads)
+        self.measured = measured or Measured(threads)
         budget = resolved(given, sources, settings.device)
         self.objectives = parse_objectives(settings.objective, budget)
         check_names(settings.sampler, settings.pruner, self.objectives)
@@ -211,9 +226,10 @@ class _Search:
             "seed": settings.seed,
             **{f"train.{name}": value for name, value in self.evaluator.identity().items()},
         }
-        if self.meter.measured:
-            devices = sorted({term.device or settings.device for term in self.meter.measured})
-            identity["latency device"] = ", ".join(str(resolve_device(name)) for name in devices)
+        self.origins = {label(term): self._origin(term) for term in self.meter.measured}
+        texts = sorted({found.text for found in self.origins.values()})
+        if texts:
+            identity["latency"] = "; ".join(texts)
         about = facts_of(
             command=settings.command,
             space=self.space,
@@ -221,6 +237,7 @@ class _Search:
             objectives=self.objectives,
             identity=identity,
             trials=settings.trials,
+            latency={name: asdict(found) for name, found in self.origins.items()},
         )
         self.ledger = Ledger.open(
             settings.out, storage=settings.storage, objectives=self.objectives, identity=identity, about=about
@@ -239,6 +256,10 @@ class _Search:
             self._take_in(trial, frozen)
         self.writer = Writer(settings.out, self.ledger.about, self.ledger.identity, self.objectives)
         self.sweep: Iterator[Point] | None = None
+
+    def _origin(self, term: Term) -> Origin:
+        device = term.device or self.settings.device
+        return origin(self.meter.source(term), device, term.context.dtype or "float32", self.settings.latency)
 
     def _proposer(self) -> Proposer:
         settings = self.settings
@@ -262,6 +283,7 @@ class _Search:
                 tuple(self.ledger.trials),
                 self.settings.out,
                 self.ledger.others(),
+                self.origins,
             )
         )
         try:
@@ -277,8 +299,39 @@ class _Search:
             except Exception:
                 if stopped != "error":
                     raise
+        try:
+            fresh = self._measure_finalists()
+        except KeyboardInterrupt:
+            fresh, stopped = True, "interrupted"
+        if fresh:
+            results = replace(self.writer.write(self.ledger.trials, stopped, self._seconds()), others=results.others)
         self.listener.ended(results)
         return results
+
+    def _measure_finalists(self) -> bool:
+        """Measure the best candidates whose latencies on this machine were predicted; whether there were any.
+
+        While other processes work on the search the machine is not quiet, and whichever ends last does it.
+        """
+        terms = [
+            term
+            for term in self.meter.measured
+            if self.origins[label(term)].kind == "predicted" and is_here(term.device or self.settings.device)
+        ]
+        if not terms or self.ledger.others():
+            return False
+        single = None if len(self.objectives) > 1 else lambda trial: self.objectives[0].oriented(trial.values[0])
+        known = {finalist.key: finalist for finalist in load_finalists(self.settings.out)}
+        trials = chosen(self.archive.front(), self.archive.trials, single)
+        work = pending(trials, terms, known.values())
+        for done, (trial, term) in enumerate(work, 1):
+            self.listener.candidate(trial.number, "measuring", trial.shape, trial.metrics)
+            measured = self.measured(term.device or self.settings.device)
+            found = measure_finalist(trial, term, self.space.spec_at(trial.point), self.meter.source(term), measured)
+            known[found.key] = found
+            write_text(self.settings.out / FINALISTS, finalists_text(known.values()))
+            self.listener.finalist(found, done, len(work))
+        return bool(work)
 
     def _loop(self, baselines: Mapping[str, _Baseline]) -> str:
         while not self._enough():
@@ -409,8 +462,11 @@ class _Search:
         """Measure, evaluate and record one candidate."""
         rng = generator(self.settings.seed, candidate.number, "shrink")
 
+        measured = any(found.kind == "measured" for found in self.origins.values())
+
         def measuring(point: Point) -> None:
-            self.listener.candidate(candidate.number, "measuring", candidate.shape, self.meter.figures(point))
+            phase = "measuring" if measured else "predicting"
+            self.listener.candidate(candidate.number, phase, candidate.shape, self.meter.figures(point))
 
         def usable(point: Point) -> bool:
             key = point_key(point)
@@ -572,30 +628,6 @@ def _points(space: Space) -> Iterator[Point]:
         script = [*(script + [0] * last)[:last], taken + 1]
 
 
-class _Measured:
-    """Latencies measured on this machine, each device set up when it is first asked for.
-
-    `threads` are those of the training, so that a CPU is timed as it is used; None for all.
-    """
-
-    def __init__(self, threads: int | None) -> None:
-        self._threads = threads
-        self._sources: dict[str, LatencySource] = {}
-
-    def __call__(self, device: str) -> LatencySource:
-        if device not in self._sources:
-            self._sources[device] = MeasuredLatency(
-                resolve_device(device, self._threads), _built, lambda spec: spec.computation
-            )
-        return self._sources[device]
-
-
-def _built(spec: Any) -> Any:
-    from zoo.model import build
-
-    return build(spec)
-
-
 @contextmanager
 def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Add the time that the block takes to a phase."""
@@ -608,7 +640,7 @@ def _clock(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier search left in a folder, and nothing else."""
-    for name in ("results.json", "best.yaml", "report.html"):
+    for name in ("results.json", "best.yaml", "report.html", FINALISTS):
         (folder / name).unlink(missing_ok=True)
     for name in ("front", "candidates"):
         shutil.rmtree(folder / name, ignore_errors=True)

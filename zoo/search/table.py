@@ -6,6 +6,9 @@ how many layers there are aside, and from which forms of layers occur at all (a 
 residual form). Each of these is counted once, by the same code that counts whole specs, and looked up from then on, so
 that `CostTable.figures(point)` equals `metrics(space.spec_at(point), work)` exactly.
 
+All that was counted stands in one array, a row for a layer or for another part. A candidate is then a list of rows: its
+layers' are found by their decisions, and its figures are the sums of the columns, added in the order of the parts.
+
 Where that does not hold, because layers hand on another scope than they get or are hidden inside another component,
 whole specs are counted.
 """
@@ -14,16 +17,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from itertools import chain, islice, takewhile
-from operator import add
-from typing import TYPE_CHECKING, Any, NamedTuple
+from operator import itemgetter, or_
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoo.accounting import Place, Tally, Workload, figures, metrics, places, tally
+from zoo.accounting import MAXIMA, Place, Tally, Workload, figures, metrics, places
 from zoo.component import Component, Scope, Slot, slots
 from zoo.cost import Call
 from zoo.errors import SpecError, ZooError
@@ -33,10 +36,12 @@ from zoo.spec.construct import complaints
 from zoo.spec.template import Filling
 
 if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
     from zoo.search.space import Space
 
-SUMS = tuple(item.name for item in fields(Tally))[:-1]
-"""What adds up; of the last field of a tally, `peak`, the largest counts."""
+TALLY = len(Tally._fields)
+LARGEST = slice(MAXIMA, TALLY)
+"""A row begins with the fields of a tally. All columns add up but these, of which the largest counts."""
 MAX_OPTIONS = 256
 """Settings of a layer up to which all are looked at; beyond, that many and the extremes that a descent finds."""
 MAX_VALUES = 24
@@ -51,27 +56,59 @@ MAX_ROWS = 200_000
 """Rows and whole candidates that are remembered before everything is forgotten."""
 
 
-class Row(NamedTuple):
-    """What a layer adds: sums in the order of `SUMS`, its peak, and a bit that stands for its form."""
-
-    sums: tuple[float, ...]
-    peak: float
-    form: int
-
-
-INVALID = Row((), 0.0, 0)
+INVALID = 0
 """The row of a layer that cannot be built where it stands."""
+
+Extra = Callable[[Place], float]
+"""A figure of a part of a model that adds up over the parts."""
+
+
+class Rows:
+    """Rows of numbers that become more: `values` is `[rows, columns]`; as many are in use as there are `peaks`.
+
+    peaks: the columns `LARGEST` once more, as a list.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.values: Floats = np.zeros((256, columns))
+        self.peaks: list[Sequence[float]] = []
+
+    def __len__(self) -> int:
+        return len(self.peaks)
+
+    def append(self, row: Sequence[float]) -> int:
+        """Where the row stands."""
+        if len(self) == len(self.values):
+            self.values = np.concatenate([self.values, np.zeros_like(self.values)])
+        self.values[len(self)] = row
+        self.peaks.append(tuple(row[LARGEST]))
+        return len(self) - 1
 
 
 class _Node:
-    """A decision of a layer, and what follows for each of its values; at the end of the decisions, a row."""
+    """Decisions of a layer that are asked whatever the values of each other are, and what follows for their values.
 
-    __slots__ = ("following", "row", "slot")
+    slots: these decisions; none behind the last, where a row stands if it was counted.
+    """
+
+    __slots__ = ("following", "row", "slots")
 
     def __init__(self) -> None:
-        self.slot = -1
-        self.following: dict[Value, _Node] = {}
-        self.row: Row | None = None
+        self.slots: tuple[int, ...] = ()
+        self.following: dict[Any, _Node] = {}
+        self.row = -1
+
+
+class _Readers(dict[tuple[int, ...], Callable[[Mapping[str, Value]], Any]]):
+    """For the slots of a node of a layer, what takes the values of these decisions out of a point."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def __missing__(self, slots: tuple[int, ...]) -> Callable[[Mapping[str, Value]], Any]:
+        reader = self[slots] = itemgetter(*(self.unit.decisions[slot].name for slot in slots))
+        return reader
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,13 +131,13 @@ class Surroundings:
     """What stands around the layers under one assignment of the decisions outside of them, lengths aside.
 
     work: with lengths filled in. spots: where the layers of each list stand, and the number of that spot. frames: for
-    the forms that occur in each list, the tallies in front of, between and behind the lists. broken: which lists were
+    the forms that occur in each list, the rows in front of, between and behind the lists. broken: which lists were
     empty or not where something outside of the layers was invalid. hopeless: lists for which no valid point was found.
     """
 
     work: Workload
     spots: dict[tuple[str | int, ...], tuple[Spot, int]] = field(default_factory=dict)
-    frames: dict[tuple[int, ...], tuple[tuple[Row, ...], ...]] = field(default_factory=dict)
+    frames: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     broken: set[tuple[bool, ...]] = field(default_factory=set)
     hopeless: list[set[tuple[str | int, ...]]] = field(default_factory=list)
 
@@ -109,27 +146,33 @@ class Surroundings:
 class Layout:
     """Which layers there are under one assignment of all decisions outside of them.
 
-    spans: for each list of layers, its first and the one behind its last in `units`. tracks: the names of each unit's
-    decisions and its tree of rows, once its spot is known.
+    spans: for each list of layers, its first and the one behind its last in `units`. shape: which lists have layers.
+    tracks: each unit's readers and its tree of rows, once its spot is known.
     """
 
     surroundings: Surroundings
     units: tuple[Unit, ...]
     places: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
-    tracks: tuple[tuple[tuple[str, ...], _Node], ...] = ()
-
-    @property
-    def shape(self) -> tuple[bool, ...]:
-        return tuple(start < stop for start, stop in self.spans)
+    shape: tuple[bool, ...]
+    tracks: tuple[tuple[_Readers, _Node], ...] = ()
 
 
 class CostTable:
-    """The figures of all points of a space under one workload."""
+    """The figures of all points of a space under one workload.
 
-    def __init__(self, space: Space, work: Workload) -> None:
+    `extras` are further figures by name, such as the seconds that a model of a device gives each part: a function is
+    asked once for each part that is told apart, with an empty path where layers share what was counted, and the figure
+    is the sum over the parts.
+    """
+
+    def __init__(self, space: Space, work: Workload, extras: Mapping[str, Extra] | None = None) -> None:
         self.space = space
         self.work = work
+        self.extras = dict(extras or {})
+        taken = self.extras.keys() & figures(Tally(), work).keys()
+        if taken:
+            raise ZooError(f"an extra figure may not be called {min(taken)!r}, which is a figure of every model")
         self.separable = True
         program = space.program
         self._outside = {decision.name: decision.first for decision in program.outside}
@@ -141,32 +184,34 @@ class CostTable:
         self._surroundings: dict[tuple[Value, ...], Surroundings] = {}
         self._spots: list[Spot] = []
         self._roots: dict[Any, _Node] = {}
+        self._rows = Rows(TALLY + len(self.extras))
+        self._rows.append([0.0] * (TALLY + len(self.extras)))
+        self._form_of: dict[int, int] = {}
         self._forms: dict[Any, int] = {}
         self._whole: dict[Any, dict[str, float] | None] = {}
         self._options: dict[int, Options] = {}
-        self._rows = 0
 
     def figures(self, point: Mapping[str, Value]) -> dict[str, float] | None:
         """All analytic figures of a normalised point; None for combinations that are invalid across fields."""
         if not self.separable:
             return self._counted(point)
-        if self._rows > MAX_ROWS:
+        if len(self._rows) > MAX_ROWS:
             self._forget()
         layout = self._layouts.get(tuple(map(point.get, self._outside, self._firsts))) or self.layout(point)
         rows = self.rows(point, layout)
         if rows is None:
             return None if self.separable else self._counted(point)
-        frame = layout.surroundings.frames[forms(rows, layout.spans)]
-        total: list[float] = [0] * len(SUMS)
+        frame = layout.surroundings.frames[self.forms(rows, layout)]
+        order: list[int] = []
         for (start, stop), before in zip(layout.spans, frame):
-            for row in before:
-                total = list(map(add, total, row[0]))
-            for row in rows[start:stop]:
-                total = list(map(add, total, row[0]))
-        for row in frame[-1]:
-            total = list(map(add, total, row[0]))
-        peak = max([row[1] for row in rows] + [row[1] for before in frame for row in before])
-        return figures(Tally(*total, peak=peak), layout.surroundings.work)  # type: ignore[arg-type]
+            order += before
+            order += rows[start:stop]
+        order += frame[-1]
+        values = np.add.reduce(self._rows.values.take(order, axis=0)).tolist()
+        values[LARGEST] = map(max, *map(self._rows.peaks.__getitem__, order))
+        counted = figures(Tally._make(values[:TALLY]), layout.surroundings.work)
+        counted.update(zip(self.extras, values[TALLY:]))
+        return counted
 
     def layout(self, point: Mapping[str, Value]) -> Layout:
         """Which layers there are at a point; decisions that are not active there count as at their first value."""
@@ -182,28 +227,35 @@ class CostTable:
             starts = [i for i, unit in enumerate(units) if not i or unit.where[:-1] != units[i - 1].where[:-1]]
             spans = tuple(zip(starts, [*starts[1:], len(units)]))
             where = tuple(walk.where(unit) for unit in units)
-            known = self._layouts[key] = Layout(self._surroundings[around], units, where, spans)
+            known = self._layouts[key] = Layout(
+                self._surroundings[around], units, where, spans, tuple(start < stop for start, stop in spans)
+            )
         return known
 
-    def rows(self, point: Mapping[str, Value], layout: Layout) -> list[Row] | None:
+    def rows(self, point: Mapping[str, Value], layout: Layout) -> list[int] | None:
         """The row of each layer, all of them and their frame being known then; None if the point is invalid."""
         while True:
-            found: list[Row | None] = []
+            found: list[int] = []
             try:
-                for names, node in layout.tracks:
-                    while node.slot >= 0:
-                        node = node.following[point[names[node.slot]]]
+                for readers, node in layout.tracks:
+                    while slots := node.slots:
+                        node = node.following[readers[slots](point)]
                     found.append(node.row)
             except KeyError:
-                found.append(None)
-            if len(found) == len(layout.units) and None not in found:
+                found.append(-1)
+            if len(found) == len(layout.units) and -1 not in found:
                 if INVALID in found:
                     return None
-                rows: list[Row] = found  # type: ignore[assignment]
-                if forms(rows, layout.spans) in layout.surroundings.frames:
-                    return rows
+                if self.forms(found, layout) in layout.surroundings.frames:
+                    return found
             if layout.shape in layout.surroundings.broken or not self._learn(point, layout):
                 return None
+
+    def forms(self, rows: Sequence[int], layout: Layout) -> tuple[int, ...]:
+        """The forms of layers that occur in each list, a bit for each."""
+        if len(self._forms) == 1:
+            return layout.shape
+        return tuple(reduce(or_, map(self._form_of.__getitem__, rows[start:stop]), 0) for start, stop in layout.spans)
 
     def _learn(self, point: Mapping[str, Value], layout: Layout) -> bool:
         """Count what is not known of a point yet; false if that finds it invalid, or the space not separable."""
@@ -212,13 +264,13 @@ class CostTable:
         if not (around.frames and lists <= around.spots.keys()) and not self._survey(self._shortened(point), lists):
             return self._survey(point, lists) and self.separable
         if not layout.tracks and layout.units:
-            layout.tracks = tuple(self._track(unit, point, around) for unit in layout.units)
+            layout.tracks = tuple((_Readers(unit), self._root(unit, point, around)) for unit in layout.units)
         for unit in layout.units:
             setting = unit.setting(self.space.program, point)
-            if self.row(unit, setting, point, layout) is INVALID:
+            if self.row(unit, setting, point, layout) == INVALID:
                 return False
         rows = [self.row(unit, unit.setting(self.space.program, point), point, layout) for unit in layout.units]
-        if forms(rows, layout.spans) not in around.frames:
+        if self.forms(rows, layout) not in around.frames:
             return self._survey(point, lists) and self.separable
         return True
 
@@ -230,10 +282,6 @@ class CostTable:
         lengths = self.space.program.lengths
         kept = {name: value for name, value in point.items() if name not in lengths}
         return {**kept, **self.space.normalised(kept)}
-
-    def _track(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> tuple[tuple[str, ...], _Node]:
-        names = tuple(decision.name for decision in unit.decisions)
-        return names, self._root(unit, point, around)
 
     def _root(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> _Node:
         """The tree of rows of a layer, shared by all that are made alike and stand alike."""
@@ -263,15 +311,18 @@ class CostTable:
         root = self._root(unit, point, layout.surroundings)
         known = self._options.get(id(root))
         if known is None:
-            rows: dict[Setting, Row] = {}
+            rows: dict[Setting, int] = {}
             for setting in self._settings(unit, point, layout):
                 row = self.row(unit, setting, point, layout)
-                if row is not INVALID:
+                if row != INVALID:
                     rows[setting] = row
-            sums = np.array([row.sums for row in rows.values()], dtype=float).reshape(len(rows), len(SUMS))
-            peaks = np.array([row.peak for row in rows.values()], dtype=float)
+            values = self._rows.values[list(rows.values())]
             known = self._options[id(root)] = Options(
-                list(rows), sums, peaks, [row.form for row in rows.values()], len(unit.decisions)
+                list(rows),
+                np.delete(values, LARGEST, axis=1),
+                values[:, LARGEST],
+                [self._form_of[row] for row in rows.values()],
+                len(unit.decisions),
             )
         return known
 
@@ -289,7 +340,7 @@ class CostTable:
 
     def _descent(self, unit: Unit, point: Mapping[str, Value], layout: Layout, sign: int) -> Iterator[Setting]:
         """Settings on the way to few parameters, or to many with a sign of -1, one decision after the other."""
-        program, params = self.space.program, SUMS.index("params")
+        program, params = self.space.program, Tally._fields.index("params")
         values: Point = {}
         for decision in unit.decisions:
             weighed: list[tuple[float, int, Value]] = []
@@ -298,29 +349,29 @@ class CostTable:
                 setting = unit.complete(program, point, lambda other, t=tried: t.get(other.name, other.first))
                 row = self.row(unit, setting, point, layout)
                 yield setting
-                if row is not INVALID:
-                    weighed.append((sign * row.sums[params], number, value))
+                if row != INVALID:
+                    weighed.append((sign * self._rows.values[row, params], number, value))
             if weighed:
                 values[decision.name] = min(weighed, key=lambda found: found[:2])[2]
 
-    def row(self, unit: Unit, setting: Setting, point: Mapping[str, Value], layout: Layout) -> Row:
-        """What a layer adds under a setting of its own decisions, the others as at the point."""
+    def row(self, unit: Unit, setting: Setting, point: Mapping[str, Value], layout: Layout) -> int:
+        """Where it stands what a layer adds under a setting of its own decisions, the others as at the point."""
         node = self._root(unit, point, layout.surroundings)
-        for slot, value in setting:
-            node.slot = slot
-            node = node.following.setdefault(value, _Node())
-        if node.row is None:
+        for node.slots, values in unit.steps(setting):
+            node = node.following.setdefault(values, _Node())
+        if node.row < 0:
             node.row = self._single(unit, setting, point, layout.surroundings)
-            self._rows += 1
         return node.row
 
-    def _single(self, unit: Unit, setting: Setting, point: Mapping[str, Value], around: Surroundings) -> Row:
+    def _single(self, unit: Unit, setting: Setting, point: Mapping[str, Value], around: Surroundings) -> int:
         """Count one layer by itself."""
         spot = around.spots[unit.where[:-1]][0]
         component = self._layer(unit, setting, point, spot.slot, spot.scope)
         if component is None:
             return INVALID
-        return self._row_of(tally(component, spot.scope, around.work, spot.tokens, spot.token), component)
+        row = self._row_of(Place("", component, spot.scope, spot.tokens, spot.token), around.work)
+        self._form_of[row] = self._form(component)
+        return row
 
     def _layer(
         self, unit: Unit, setting: Setting, point: Mapping[str, Value], slot: Slot, scope: Scope
@@ -354,12 +405,13 @@ class CostTable:
             return None
         return component
 
-    def _row_of(self, counted: Tally, component: Component | None = None) -> Row:
-        sums = tuple(getattr(counted, name) for name in SUMS)
-        if component is None:
-            return Row(sums, counted.peak, 0)
+    def _row_of(self, place: Place, work: Workload) -> int:
+        return self._rows.append([*place.tally(work), *(extra(place) for extra in self.extras.values())])
+
+    def _form(self, component: Component) -> int:
+        """The bit that stands for the form of a layer."""
         form = type(component), type(getattr(component, "residual", None))
-        return Row(sums, counted.peak, 1 << self._forms.setdefault(form, len(self._forms)))
+        return 1 << self._forms.setdefault(form, len(self._forms))
 
     def _survey(self, point: Mapping[str, Value], wanted: set[tuple[str | int, ...]]) -> bool:
         """Count a whole spec to learn where layers stand and what is around them; false if that was not to be had."""
@@ -378,12 +430,12 @@ class CostTable:
         index = {place: number for number, place in enumerate(layout.places)}
         span_of = {number: span for span, ends in enumerate(layout.spans) for number in range(*ends)}
         found: dict[int, Place] = {}
-        frame: list[list[Row]] = [[] for _ in range(len(layout.spans) + 1)]
+        frame: list[list[int]] = [[] for _ in range(len(layout.spans) + 1)]
         segment = 0
         for place in places(spec, work):
             number = index.get(re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", place.path))
             if number is None:
-                frame[segment].append(self._row_of(place.tally(work)))
+                frame[segment].append(self._row_of(place, work))
             else:
                 found[number] = place
                 segment = span_of[number] + 1
@@ -397,8 +449,10 @@ class CostTable:
             return False
         for start, _ in layout.spans:
             around.spots[layout.units[start].where[:-1]] = spots[start], self._number(spots[start])
-        occurring = [self._row_of(Tally(), found[number].component) for number in range(len(layout.units))]
-        around.frames[forms(occurring, layout.spans)] = tuple(map(tuple, frame))
+        occurring = [self._form(found[number].component) for number in range(len(layout.units))]
+        around.frames[tuple(reduce(or_, occurring[start:stop], 0) for start, stop in layout.spans)] = tuple(
+            map(tuple, frame)
+        )
         return True
 
     def range_of(self, metric: str) -> tuple[float, float]:
@@ -459,15 +513,15 @@ class CostTable:
         layout = self.layout(point)
         if not self.separable or not self.surveyed(point):
             return None if figures is None else (figures[metric], self.space.normalised(point))
-        weights, peak = linear(metric, layout.surroundings.work)
+        weights, peak = self.linear(metric, layout.surroundings.work)
         options = [self.options(unit, point, layout) for unit in layout.units]
         sign = -1 if largest else 1
         best: tuple[float, Point] | None = None
         for form in alternatives(options):
             kept = [each.of_form(form) for each in options]
             if all(map(len, kept)):
-                parts = [(o.sums[keep] @ weights, o.peaks[keep] * peak) for o, keep in zip(options, kept, strict=True)]
-                _, picks = (largest_sum if largest else smallest_sum)(parts, self._floor(layout) * peak)
+                parts = [(o.sums[keep] @ weights, o.peaks[keep] @ peak) for o, keep in zip(options, kept, strict=True)]
+                _, picks = (largest_sum if largest else smallest_sum)(parts, float(self._floor(layout) @ peak))
                 changed = dict(point)
                 for unit, each, keep, pick in zip(layout.units, options, kept, picks, strict=True):
                     changed |= {unit.decisions[slot].name: value for slot, value in each.settings[keep[pick]]}
@@ -477,16 +531,31 @@ class CostTable:
                     best = figures[metric], changed
         return best
 
-    def frame(self, point: Mapping[str, Value]) -> tuple[tuple[Row, ...], ...]:
-        """What stands in front of, between and behind the lists of layers of a valid point; nothing for another."""
+    def frame(self, point: Mapping[str, Value]) -> tuple[Floats, Floats] | None:
+        """What stands around the lists of layers of a valid point: `[parts, figures]` of what adds up, and
+        `[parts, 2]` of what the largest counts of; None for another point."""
         layout = self.layout(point)
         rows = self.rows(point, layout)
-        return () if rows is None else layout.surroundings.frames[forms(rows, layout.spans)]
+        if rows is None:
+            return None
+        return self._around(layout.surroundings.frames[self.forms(rows, layout)])
 
-    def _floor(self, layout: Layout) -> float:
-        """The largest peak of what stands around the layers."""
-        frame = next(iter(layout.surroundings.frames.values()))
-        return max((row.peak for before in frame for row in before), default=0.0)
+    def _around(self, frame: tuple[tuple[int, ...], ...]) -> tuple[Floats, Floats]:
+        values = self._rows.values[list(chain.from_iterable(frame))]
+        return np.delete(values, LARGEST, axis=1), values[:, LARGEST]
+
+    def _floor(self, layout: Layout) -> Floats:
+        """The largest peaks of what stands around the layers, `[2]`."""
+        _, peaks = self._around(next(iter(layout.surroundings.frames.values())))
+        return peaks.max(axis=0, initial=0.0)
+
+    def linear(self, metric: str, work: Workload) -> tuple[Floats, Floats]:
+        """A metric of a budget as a sum: the weight of each figure that adds up, and those of the largest."""
+        if metric in self.extras:
+            return np.eye(MAXIMA + len(self.extras))[MAXIMA + list(self.extras).index(metric)], np.zeros(TALLY - MAXIMA)
+        nothing, big = figures(Tally(), work)[metric], 2.0**40
+        weights = [(figures(Tally()._replace(**{name: big}), work)[metric] - nothing) / big for name in Tally._fields]
+        return np.array([*weights[:MAXIMA], *(0.0 for _ in self.extras)]), np.array(weights[LARGEST])
 
     def surveyed(self, point: Mapping[str, Value]) -> bool:
         """Whether it is known where the layers of a point stand; a valid one is looked for if its own are not."""
@@ -520,6 +589,13 @@ class CostTable:
 
         return self.space.decide(choose)
 
+    def _summed(self, spec: Spec) -> dict[str, float]:
+        found = metrics(spec, self.work)
+        if self.extras:
+            parts = list(places(spec.fill(), self.work))
+            found |= {name: sum(map(extra, parts)) for name, extra in self.extras.items()}
+        return found
+
     def _number(self, spot: Spot) -> int:
         """The number of a spot; those at which layers cost the same have one in common."""
         for number, known in enumerate(self._spots):
@@ -535,35 +611,16 @@ class CostTable:
             if len(self._whole) > MAX_ROWS:
                 self._whole.clear()
             try:
-                self._whole[key] = metrics(self.space.spec_at(point), self.work)
+                self._whole[key] = self._summed(self.space.spec_at(point))
             except SpecError:
                 self._whole[key] = None
         return self._whole[key]
-
-
-def linear(metric: str, work: Workload) -> tuple[Floats, float]:
-    """A metric as a sum: the weight of each of `SUMS`, and that of the peak."""
-    nothing = figures(Tally(), work)[metric]
-    big = 2.0**40
-    weights = [(figures(replace(Tally(), **{name: big}), work)[metric] - nothing) / big for name in SUMS]
-    return np.array(weights), (figures(Tally(peak=big), work)[metric] - nothing) / big
 
 
 def alternatives(options: Sequence[Options]) -> list[int | None]:
     """Restrictions to try where what stands around layers hangs on their forms: none, and all layers of one form."""
     found = sorted({form for each in {id(o): o for o in options}.values() for form in each.forms})
     return [None, *found] if len(found) > 1 else [None]
-
-
-def forms(rows: list[Row], spans: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """The forms of layers that occur in each list, a bit for each."""
-    found: list[int] = []
-    for start, stop in spans:
-        bits = 0
-        for row in rows[start:stop]:
-            bits |= row[2]
-        found.append(bits)
-    return tuple(found)
 
 
 def _inside(path: str, place: str) -> bool:

@@ -84,7 +84,7 @@ def causal_convolution(
         The output like `x`, and the state after the last token: the last `kernel - 1` inputs of its segment.
 
     `O(tokens channels kernel)`. Meant for a handful of taps, as in Mamba (arXiv 2312.00752, section 3.4).
-    Raises `ZooError` for shapes that do not fit and for an unknown activation.
+    Raises `ZooError` for shapes, dtypes and devices that do not fit and for an unknown activation.
     """
     name = "causal_convolution"
     checks.rank(name, "x", x, "batch, tokens, channels")
@@ -99,6 +99,8 @@ def causal_convolution(
     if state is not None:
         checks.shape(name, "state", state, "batch, kernel - 1, channels", (batch, kernel - 1, channels))
     packing.check(name, segments, batch, tokens)
+    checks.floats(name, x=x, weight=weight, bias=bias, state=state)
+    checks.one_device(name, x=x, weight=weight, bias=bias, state=state, segments=segments)
     if activation not in (None, "silu"):
         checks.fail(name, f"activation is {activation!r}, expected None or 'silu'")
     call = Call(x.device.type, x.dtype, {"kernel": kernel, "tokens": tokens, "segments": segments is not None})
@@ -126,7 +128,7 @@ def long_convolution(
     nothing wraps round; segments are transformed one a row, as long as the longest, whose length is read from the
     device. The error is a few roundings of the largest outputs of a row, not of each. A skip and a gate are left to the
     caller. Source: S4 (Gu et al. 2021, arXiv 2111.00396), Hyena (Poli et al. 2023, arXiv 2302.10866).
-    Raises `ZooError` for shapes that do not fit and for complex numbers.
+    Raises `ZooError` for shapes, dtypes and devices that do not fit, and for complex numbers.
     """
     name = "long_convolution"
     checks.rank(name, "x", x, "batch, tokens, channels")
@@ -146,6 +148,8 @@ def long_convolution(
     past = state.shape[1]
     checks.shape(name, "state", state, "batch, past, channels", (batch, past, channels))
     packing.check(name, segments, batch, tokens)
+    checks.floats(name, x=x, filters=filters, state=state)
+    checks.one_device(name, x=x, filters=filters, state=state, segments=segments)
 
     inputs = torch.cat([state.to(x.dtype), x], 1)
     segments = None if segments is None or tokens == 0 else F.pad(packing.runs(segments), (past, 0))

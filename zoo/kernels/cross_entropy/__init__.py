@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from zoo.errors import did_you_mean
@@ -93,18 +92,14 @@ def linear_cross_entropy(
         hint = did_you_mean(str(reduction), _REDUCTIONS)
         checks.fail(name, f"reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}{hint}")
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    if (dtype := checks.autocast_dtype(kind)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    for argument, tensor in (("x", x), ("weight", weight), ("bias", bias), ("targets", targets)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            checks.fail(name, f"{argument} is on {tensor.device}, expected {x.device}, where x is")
-        if tensor is not targets and (tensor.dtype != x.dtype or not tensor.dtype.is_floating_point):
-            expected = f"{x.dtype}, as x has" if x.dtype.is_floating_point else "a floating-point dtype"
-            checks.fail(name, f"{argument} has dtype {tensor.dtype}, expected {expected}")
+    checks.one_device(name, x=x, weight=weight, bias=bias, targets=targets)
+    checks.floats(name, x=x, weight=weight, bias=bias)
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            checks.fail(name, f"{argument} has dtype {tensor.dtype}, expected {x.dtype}, as x has")
     call = Call(kind, x.dtype, {"rows": rows, "width": width, "vocab": vocab})
     each = reduction == "none"
     loss: Tensor = _LINEAR_CROSS_ENTROPY.select(call)(

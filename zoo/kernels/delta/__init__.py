@@ -84,7 +84,8 @@ def delta_rule(
 
     Linear in tokens: `O(tokens steps (chunk (key_dim + value_dim) + key_dim value_dim))` for each head. Sources:
     DeltaNet (Yang et al. 2024, arXiv 2406.06484), with a decay gated DeltaNet (arXiv 2412.06464), with several steps
-    DeltaProduct (arXiv 2502.10297), with `beta` above 1 arXiv 2411.12537. Raises `ZooError` for shapes that do not fit.
+    DeltaProduct (arXiv 2502.10297), with `beta` above 1 arXiv 2411.12537. Raises `ZooError` for shapes, dtypes
+    and devices that do not fit.
     """
     name = "delta_rule"
     checks.rank(name, "q", q, "batch, tokens, groups, key_dim")
@@ -100,6 +101,8 @@ def delta_rule(
     checks.shape(name, "beta", beta, "batch, tokens * steps, heads", (batch, rows, heads))
     if groups == 0 or heads % groups:
         checks.fail(name, f"v has {heads} heads and q has {groups} groups; expected heads to be a multiple of groups")
+    if log_decay is not None:
+        checks.is_tensor(name, "log_decay", log_decay)
     if log_decay is not None and log_decay.shape not in ((heads,), (batch, tokens, heads)):
         checks.fail(
             name,
@@ -109,6 +112,8 @@ def delta_rule(
     if state is not None:
         checks.shape(name, "state", state, "batch, heads, key_dim, value_dim", (batch, heads, key_dim, value_dim))
     packing.check(name, segments, batch, tokens)
+    checks.floats(name, q=q, k=k, v=v, beta=beta, log_decay=log_decay, state=state)
+    checks.one_device(name, q=q, k=k, v=v, beta=beta, log_decay=log_decay, state=state, segments=segments)
     facts = {
         "key_dim": key_dim,
         "value_dim": value_dim,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels import checks, launch
 from zoo.kernels.dispatch import Call, Implementation, Primitive
-from zoo.kernels.grouped import reference, torch_path
+from zoo.kernels.grouped import reference, subset_path, torch_path
 
 MOST_CHOICES = 1024
 """Most choices of which the kernel holds a row in registers."""
@@ -78,7 +78,23 @@ _ROUTE = Primitive(
         Implementation("reference", reference.route),
     ),
 )
-PRIMITIVES = (_GROUPED_MATMUL, _BLOCK_DIAGONAL, _ROUTE)
+
+
+def _subset_matmul_kernel(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) -> Tensor:
+    from zoo.kernels.grouped import triton_path
+
+    return triton_path.subset_matmul(x, weight, subsets, transposed)
+
+
+_SUBSET_MATMUL = Primitive(
+    "subset_matmul",
+    (
+        Implementation("triton", _subset_matmul_kernel, launch.refusal),
+        Implementation("torch", subset_path.subset_matmul),
+        Implementation("reference", reference.subset_matmul),
+    ),
+)
+PRIMITIVES = (_GROUPED_MATMUL, _BLOCK_DIAGONAL, _ROUTE, _SUBSET_MATMUL)
 
 
 def grouped_matmul(
@@ -120,6 +136,7 @@ def grouped_matmul(
     checks.rank(name, "x", x, "rows, input_width")
     checks.rank(name, "offsets", offsets, "groups + 1")
     checks.integers(name, "offsets", offsets)
+    checks.is_tensor(name, "weight", weight)
     if weight.dim() == 2:
         axes = "output_width, input_width"
         checks.shape(name, "weight", weight, axes, (weight.shape[0], x.shape[1]))
@@ -131,7 +148,6 @@ def grouped_matmul(
     if source is not None:
         checks.rank(name, "source", source, "rows")
         checks.integers(name, "source", source)
-        _same_device(name, "source", source, x)
     groups, rows = offsets.shape[0] - 1, (x if source is None else source).shape[0]
     if groups < 1 and not (groups == 0 and rows == 0):
         checks.fail(name, f"offsets has shape {list(offsets.shape)}, no group for {rows} rows")
@@ -141,9 +157,9 @@ def grouped_matmul(
         if widths is not None:
             checks.integers(name, parameter, widths)
             checks.shape(name, parameter, widths, "groups", (groups,))
-            _same_device(name, parameter, widths, x)
-    _same_device(name, "weight", weight, x)
-    _same_device(name, "offsets", offsets, x)
+    checks.one_device(
+        name, x=x, weight=weight, offsets=offsets, source=source, output_widths=output_widths, input_widths=input_widths
+    )
     x, weight = _one_dtype(name, x, weight)
     call = Call(x.device.type, x.dtype, {"groups": groups})
     return _GROUPED_MATMUL.select(call)(x, weight, offsets, output_widths, input_widths, source)
@@ -175,8 +191,7 @@ def route(scores: Tensor, top_k: int) -> Routing:
     `choices`.
     """
     checks.rank("route", "scores", scores, "rows, choices")
-    if not scores.is_floating_point():
-        checks.fail("route", f"scores has dtype {scores.dtype}, expected a floating-point dtype")
+    checks.floats("route", scores=scores)
     choices = scores.shape[1]
     if not 1 <= top_k <= choices:
         checks.fail("route", f"top_k is {top_k}, expected 1 to the number of choices, {choices}")
@@ -184,11 +199,65 @@ def route(scores: Tensor, top_k: int) -> Routing:
     return Routing(*_ROUTE.select(call)(scores.detach(), top_k))
 
 
-def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, *, transposed: bool = False) -> Tensor:
+    """Each row meets the blocks of a weight that it takes: routed sub-dimensions.
+
+    With `weight` `[blocks, output_width, input_width]` and the blocks `subsets` `[rows, taken]` of each row `r`
+
+        y_r = sum_j weight[subsets_rj] x_rj         x [rows, taken, input_width], y [rows, output_width]
+        y_rj = weight[subsets_rj]^T x_r             x [rows, output_width], y [rows, taken, input_width], if transposed
+
+    Args:
+        x: as above.
+        weight: `[blocks, output_width, input_width]`.
+        subsets: integers `[rows, taken]`, from 0 to `blocks - 1`, in any order. Rows that take the same blocks in the
+            same order should adjoin (`sort_by_subset`); on the CPU they are then one product.
+        transposed: whether a row is spread over the blocks that it takes, instead of gathered from them.
+
+    Differentiable once in `x` and `weight`; a block that no row takes has gradient zero. Under autocast both operands
+    are cast to its dtype.
+
+    `O(rows taken input_width output_width)`. Raises `ZooError` for shapes, dtypes and devices that do not fit, and for
+    blocks that do not exist where the host sees them. Source: Chen et al. 2024, Mixture of Hidden-Dimensions
+    Transformer.
+    """
+    name = "subset_matmul"
+    checks.rank(name, "weight", weight, "blocks, output_width, input_width")
+    checks.rank(name, "subsets", subsets, "rows, taken")
+    checks.integers(name, "subsets", subsets)
+    (rows, taken), (blocks, outputs, inputs) = subsets.shape, weight.shape
+    if transposed:
+        checks.shape(name, "x", x, "rows, output_width", (rows, outputs))
+    else:
+        checks.shape(name, "x", x, "rows, taken, input_width", (rows, taken, inputs))
+    if subsets.numel() and not blocks:
+        checks.fail(name, f"weight has shape {list(weight.shape)}, no block for {rows} rows")
+    checks.one_device(name, x=x, weight=weight, subsets=subsets)
+    x, weight = _one_dtype(name, x, weight)
+    call = Call(x.device.type, x.dtype, {"blocks": blocks})
+    return _SUBSET_MATMUL.select(call)(x, weight, subsets, transposed)
+
+
+def sort_by_subset(subsets: Tensor, blocks: int) -> Tensor:
+    """An order `[rows]` of the rows of `subsets` `[rows, taken]`, integers below `blocks`, in which equal ones adjoin.
+
+    Stable; subsets with the same beginning adjoin as well. `O(rows (taken + log rows))`.
+    """
+    checks.rank("sort_by_subset", "subsets", subsets, "rows, taken")
+    checks.integers("sort_by_subset", "subsets", subsets)
+    # Where numbers of so many digits overflow, unequal subsets may meet; equal ones still do.
+    key = torch.zeros_like(subsets[:, 0], dtype=torch.int64)
+    for column in subsets.unbind(1):
+        key = key * blocks + column
+    return key.sort(stable=True).indices
+
+
+def block_diagonal_matmul(x: Tensor, weight: Tensor, *, interleaved: bool = False) -> Tensor:
     """`x @ diag(weight_0, weight_1, ...)`: each part of the last dimension meets a matrix of its own.
 
     `x` is `[..., blocks * input_width]`, `weight` `[blocks, input_width, output_width]`; the result is `[..., blocks *
-    output_width]`. Differentiable once. Under autocast both operands are cast to its dtype.
+    output_width]`. If `interleaved`, block `j` has the channels `j, j + blocks, j + 2 blocks, ...` of both instead of
+    adjoining ones. Differentiable once. Under autocast both operands are cast to its dtype.
 
     `O(rows blocks input_width output_width)`, a `blocks`-th of the whole matrix. Raises `ZooError` for shapes, dtypes
     and devices that do not fit. Source: Dao et al. 2022, arXiv 2204.00595 (one factor of a Monarch matrix).
@@ -196,24 +265,20 @@ def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
     name = "block_diagonal_matmul"
     checks.rank(name, "weight", weight, "blocks, input_width, output_width")
     blocks, input_width, _ = weight.shape
+    checks.is_tensor(name, "x", x)
     if x.dim() == 0 or x.shape[-1] != blocks * input_width:
         expected = f"[..., blocks * input_width] = [..., {blocks * input_width}]"
         checks.fail(name, f"x has shape {list(x.shape)}, expected {expected} for weight {list(weight.shape)}")
-    _same_device(name, "weight", weight, x)
+    checks.one_device(name, x=x, weight=weight)
     x, weight = _one_dtype(name, x, weight)
-    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight)
-
-
-def _same_device(name: str, parameter: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        checks.fail(name, f"{parameter} is on {tensor.device}, x on {x.device}; expected one device")
+    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight, interleaved)
 
 
 def _one_dtype(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both operands as autocast wants them, else as they are."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := checks.autocast_dtype(x.device.type)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
-    if weight.dtype != x.dtype or not x.is_floating_point():
-        checks.fail(name, f"x has dtype {x.dtype} and weight {weight.dtype}, expected one floating-point dtype")
+    checks.floats(name, x=x, weight=weight)
+    if weight.dtype != x.dtype:
+        checks.fail(name, f"x has dtype {x.dtype} and weight {weight.dtype}, expected one dtype")
     return x, weight

@@ -1,4 +1,5 @@
-"""Calls that together use every flag of the kernels: rows by index, weights shared or not, in either layout, widths."""
+"""Calls that together use every flag of the kernels: rows by index, weights shared or not, in either layout, widths,
+subsets of blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.case import Case, Draw
-from zoo.kernels.grouped import grouped_matmul, route
+from zoo.kernels.grouped import grouped_matmul, route, subset_matmul
 
 _KERNELS = ("grouped_product", "grouped_outer")
 _SMALL = (5, 0, 70, 1)
@@ -72,6 +73,25 @@ def _routed_numbers(scores: Tensor, top_k: int) -> tuple[Tensor, ...]:
     return tuple(found.double() for found in route(scores, top_k))
 
 
+def _subsets(draw: Draw) -> Mapping[str, Any]:
+    """Three of five blocks for each row, one of which none takes, and one twice."""
+    rows, inputs, outputs = draw.pick(76, 4096), draw.pick(24, 64), draw.pick(150, 2048)
+    first = torch.arange(rows, device=draw.device) // draw.pick(9, 256) % 2
+    subsets = torch.stack([first, torch.full_like(first, 2), 4 - 2 * first], dim=1)
+    weight = draw.normal(5, outputs, inputs, std=inputs**-0.5)
+    return {"x": draw.normal(rows, 3, inputs), "weight": weight, "subsets": subsets}
+
+
+def _subsets_spread(draw: Draw) -> Mapping[str, Any]:
+    given = _subsets(draw)
+    rows, outputs = given["subsets"].shape[0], given["weight"].shape[1]
+    return {**given, "x": draw.normal(rows, outputs)}
+
+
+def _spread(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
+    return subset_matmul(x, weight, subsets, transposed=True)
+
+
 _ROUTE = ("route_choose", "route_scan", "route_place")
 
 CASES = (
@@ -80,5 +100,7 @@ CASES = (
     Case("grouped_matmul", "nested-outputs", grouped_matmul, _nested_outputs, _KERNELS),
     Case("grouped_matmul", "nested-inputs", _transposed, _nested_inputs, _KERNELS),
     Case("grouped_matmul", "nested-experts", _transposed, _nested_experts, _KERNELS, dtypes=(torch.bfloat16,)),
+    Case("subset_matmul", "sums", subset_matmul, _subsets, _KERNELS),
+    Case("subset_matmul", "parts", _spread, _subsets_spread, _KERNELS),
     Case("route", "top-3", _routed_numbers, _scores, _ROUTE, gradients=False),
 )

@@ -1,4 +1,4 @@
-"""Grouped products as one loop over groups that autograd follows."""
+"""Grouped products in a form that autograd follows: one loop over groups, one weight for each row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,17 @@ def grouped_matmul(
     return torch.cat(found)
 
 
-def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) -> Tensor:
+    takes = F.one_hot(subsets, weight.shape[0]).to(x.dtype)
+    if transposed:
+        return torch.einsum("rtb,rbi->rti", takes, torch.einsum("ro,boi->rbi", x, weight))
+    return torch.einsum("rbi,boi->ro", torch.einsum("rtb,rti->rbi", takes, x), weight)
+
+
+def block_diagonal_matmul(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        parts = x.unflatten(-1, (weight.shape[1], weight.shape[0])).unbind(-1)
+        return torch.stack([part @ block for part, block in zip(parts, weight)], dim=-1).flatten(-2)
     parts = x.unflatten(-1, (weight.shape[0], weight.shape[1])).unbind(-2)
     return torch.cat([part @ block for part, block in zip(parts, weight)], dim=-1)
 

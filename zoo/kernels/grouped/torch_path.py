@@ -89,9 +89,10 @@ def route(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return chosen, order, place, torch.searchsorted(sorted_choices, bounds)
 
 
-def block_diagonal_matmul(x: Tensor, weight: Tensor) -> Tensor:
+def block_diagonal_matmul(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return _block_diagonal(rows, weight).view(*x.shape[:-1], weight.shape[0] * weight.shape[2])
+    product = _interleaved(rows, weight) if interleaved else _block_diagonal(rows, weight)
+    return product.view(*x.shape[:-1], weight.shape[0] * weight.shape[2])
 
 
 @torch.library.custom_op("zoo::block_diagonal_matmul", mutates_args=())
@@ -112,6 +113,44 @@ def _parts_of(x: Tensor, blocks: int) -> Tensor:
     return x.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
+_CHUNK = 128
+"""Rows that are turned over together: a chunk and what becomes of it stay in the cache."""
+
+
+@torch.library.custom_op("zoo::interleaved_matmul", mutates_args=())
+def _interleaved(x: Tensor, weight: Tensor) -> Tensor:
+    blocks, _, outputs = weight.shape
+    out = x.new_empty(x.shape[0], blocks * outputs)
+    for part, given in zip(out.split(_CHUNK), x.split(_CHUNK)):
+        part.view(len(given), outputs, blocks).copy_(torch.bmm(weight.mT, _turned(given, blocks)).permute(2, 1, 0))
+    return out
+
+
+@_interleaved.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] * weight.shape[2])
+
+
+@torch.library.custom_op("zoo::interleaved_outer", mutates_args=())
+def _interleaved_outer(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
+    """For each block the sum of its rows' outer products, `[blocks, input_width, output_width]`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    out = x.new_zeros(blocks, x.shape[1] // blocks, grad.shape[1] // blocks, dtype=dtype)
+    for one, other in zip(x.split(_CHUNK), grad.split(_CHUNK)):
+        out += torch.bmm(_turned(one, blocks), _turned(other, blocks).mT)
+    return out.to(x.dtype)
+
+
+@_interleaved_outer.register_fake
+def _(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
+    return x.new_empty(blocks, x.shape[1] // blocks, grad.shape[1] // blocks)
+
+
+def _turned(x: Tensor, blocks: int) -> Tensor:
+    """`[rows, width * blocks]` as `[blocks, width, rows]`, with the rows innermost: both others are strided in `x`."""
+    return x.T.contiguous().view(x.shape[1] // blocks, blocks, len(x)).transpose(0, 1)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     del output
     ctx.save_for_backward(*inputs)
@@ -127,9 +166,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
+def _interleaved_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    to_x, to_weight = ctx.needs_input_grad
+    return (
+        _interleaved(grad, weight.mT) if to_x else None,
+        _interleaved_outer(x, grad, weight.shape[0]) if to_weight else None,
+    )
+
+
 _block_diagonal.register_autograd(_backward, setup_context=_keep)
+_interleaved.register_autograd(_interleaved_backward, setup_context=_keep)
 
 
-@register_flop_formula(_block_diagonal._opoverload.overloadpacket)
+@register_flop_formula([each._opoverload.overloadpacket for each in (_block_diagonal, _interleaved)])
 def _(x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * weight[2]
+
+
+@register_flop_formula(_interleaved_outer._opoverload.overloadpacket)
+def _(x: tuple[int, int], grad: tuple[int, int], blocks: int, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * grad[1] // blocks

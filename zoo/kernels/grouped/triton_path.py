@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -98,6 +99,19 @@ def _line(values: Tensor | None) -> Tensor | None:
 
 
 complete(grouped_matmul, _grouped_outer)
+
+
+def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) -> Tensor:
+    """Each block with all rows that take it, as a grouped product over (row, slot) pairs sorted by block."""
+    taken, pairs = subsets.shape[1], subsets.numel()
+    chosen, order = subsets.flatten().sort(stable=True)
+    offsets = torch.searchsorted(chosen, torch.arange(weight.shape[0] + 1, device=chosen.device, dtype=chosen.dtype))
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=order.device)).view_as(subsets)
+    # Looked up as embeddings, whose gradient is summed in a fixed order.
+    if transposed:
+        return F.embedding(place, grouped_matmul(x, weight.mT, offsets, None, None, order // max(1, taken)))
+    products = grouped_matmul(x.reshape(pairs, x.shape[-1]), weight, offsets, None, None, order)
+    return F.embedding(place, products).sum(1)
 
 
 @torch.library.custom_op("zoo::route_triton", mutates_args=())

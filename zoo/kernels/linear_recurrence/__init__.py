@@ -81,7 +81,7 @@ def recurrence(
     to a group. Source: the SSD algorithm of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 6); without decay,
     linear attention (Katharopoulos et al. 2020, arXiv 2006.16236); constant decay, RetNet (arXiv 2307.08621); a decay
     for each channel, GLA (Yang et al. 2024, arXiv 2312.06635).
-    Raises `ZooError` for shapes that do not fit.
+    Raises `ZooError` for shapes, dtypes and devices that do not fit.
     """
     name = "recurrence"
     checks.rank(name, "q", q, "batch, tokens, groups, key_dim")
@@ -92,6 +92,8 @@ def recurrence(
     checks.shape(name, "v", v, "batch, tokens, heads, value_dim", (batch, tokens, heads, value_dim))
     if groups == 0 or heads % groups:
         checks.fail(name, f"v has {heads} heads and q has {groups} groups; expected heads to be a multiple of groups")
+    if log_decay is not None:
+        checks.is_tensor(name, "log_decay", log_decay)
     if log_decay is not None and log_decay.shape not in (
         (heads,),
         (batch, tokens, heads),
@@ -107,6 +109,8 @@ def recurrence(
     if state is not None:
         checks.shape(name, "state", state, "batch, heads, key_dim, value_dim", (batch, heads, key_dim, value_dim))
     packing.check(name, segments, batch, tokens)
+    checks.floats(name, q=q, k=k, v=v, log_decay=log_decay, state=state)
+    checks.one_device(name, q=q, k=k, v=v, log_decay=log_decay, state=state, segments=segments)
     if log_decay is not None and log_decay.dim() == 4 and log_decay.shape[2] != groups:
         # What decays differently is a group of its own.
         q, k = (x.repeat_interleave(heads // groups, 2) for x in (q, k))

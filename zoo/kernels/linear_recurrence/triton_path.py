@@ -161,7 +161,7 @@ class _Launcher:
     def share(self, slices: int) -> tuple[int, int]:
         """Into how many parts the heads of a group are cut to give every processor work, and the heads of one."""
         per_group = self.heads // self.groups
-        programs = self.chunks * self.groups * self.batch * slices
+        programs = max(1, self.chunks * self.groups * self.batch * slices)
         each = triton.cdiv(per_group, min(per_group, triton.cdiv(2 * processors(self.device), programs)))
         return triton.cdiv(per_group, each), each
 

@@ -259,10 +259,12 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
     name = "gated_activation"
     if kind not in KINDS:
         checks.fail(name, f"kind is {kind!r}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+    checks.is_tensor(name, "gate", gate)
     if gate.dim() == 0:
         checks.fail(name, "gate is a scalar, expected [..., width]")
     checks.shape(name, "up", up, "..., width", tuple(gate.shape))
-    _check_floats(name, gate=gate, up=up)
+    checks.floats(name, gate=gate, up=up)
+    checks.one_device(name, gate=gate, up=up)
     return _GATED_ACTIVATION.select(Call(gate.device.type, gate.dtype))(gate, up, kind)
 
 
@@ -280,11 +282,13 @@ def polynomial_activation(x: Tensor, coefficients: Tensor, *, normalized: bool =
     shapes that do not fit.
     """
     name = "polynomial_activation"
+    checks.is_tensor(name, "x", x)
     if x.dim() == 0:
         checks.fail(name, "x is a scalar, expected [..., width]")
     checks.shape(name, "coefficients", coefficients, "powers", (4,))
     checks.positive(name, "eps", eps)
-    _check_floats(name, x=x, coefficients=coefficients)
+    checks.floats(name, x=x, coefficients=coefficients)
+    checks.one_device(name, x=x, coefficients=coefficients)
     call = Call(x.device.type, x.dtype, {"width": x.shape[-1], "normalized": normalized})
     return _POLYNOMIAL_ACTIVATION.select(call)(x, coefficients, normalized, eps)
 
@@ -302,6 +306,7 @@ def _check_rotary(name: str, positions: Tensor, base: float, dim: int | None, **
                 f"{argument} has shape {list(tensor.shape)}, expected [batch, tokens, heads, head_dim] = "
                 f"[{batch}, {tokens}, any, {head_dim}], as {first} has",
             )
+    checks.is_tensor(name, "positions", positions)
     if positions.shape not in ((tokens,), (batch, tokens)):
         checks.fail(
             name,
@@ -310,9 +315,8 @@ def _check_rotary(name: str, positions: Tensor, base: float, dim: int | None, **
         )
     checks.integers(name, "positions", positions)
     checks.positive(name, "base", base)
-    _check_floats(name, **tensors)
-    if positions.device != x.device:
-        checks.fail(name, f"positions is on {positions.device}, expected {x.device}, where {first} is")
+    checks.floats(name, **tensors)
+    checks.one_device(name, **tensors, positions=positions)
     dim = head_dim if dim is None else dim
     if dim % 2 or not 0 <= dim <= head_dim:
         checks.fail(name, f"dim is {dim}, expected an even number from 0 to head_dim = {head_dim}")
@@ -320,6 +324,7 @@ def _check_rotary(name: str, positions: Tensor, base: float, dim: int | None, **
 
 
 def _check_norm(name: str, x: Tensor, residual: Tensor | None, **parameters: Tensor | None) -> None:
+    checks.is_tensor(name, "x", x)
     if x.dim() == 0:
         checks.fail(name, "x is a scalar, expected [..., width]")
     for parameter, value in parameters.items():
@@ -327,15 +332,5 @@ def _check_norm(name: str, x: Tensor, residual: Tensor | None, **parameters: Ten
             checks.shape(name, parameter, value, "width", (x.shape[-1],))
     if residual is not None:
         checks.shape(name, "residual", residual, "..., width", tuple(x.shape))
-    _check_floats(name, x=x, residual=residual, **parameters)
-
-
-def _check_floats(name: str, **tensors: Tensor | None) -> None:
-    """Require real floating-point numbers on one device."""
-    given = {parameter: tensor for parameter, tensor in tensors.items() if tensor is not None}
-    first, device = next((parameter, tensor.device) for parameter, tensor in given.items())
-    for parameter, tensor in given.items():
-        if not tensor.dtype.is_floating_point:
-            checks.fail(name, f"{parameter} has dtype {tensor.dtype}, expected a floating-point dtype")
-        if tensor.device != device:
-            checks.fail(name, f"{parameter} is on {tensor.device}, expected {device}, where {first} is")
+    checks.floats(name, x=x, residual=residual, **parameters)
+    checks.one_device(name, x=x, residual=residual, **parameters)

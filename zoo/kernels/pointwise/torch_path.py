@@ -108,7 +108,9 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-        return _scaled(ACTIVATIONS[kind](gate), up, kind).to(gate.dtype)
+        out = _scaled(ACTIVATIONS[kind](gate), up, kind)
+        # Compiled by torch 2.11, a cast that does nothing at the end of a function loses its gradients.
+        return out if out.dtype == gate.dtype else out.to(gate.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:

@@ -49,7 +49,7 @@ def _norm_forward(
     """The norm, the sum that was normed (empty without `residual`), and means (if `centred`) and scales of the rows."""
     given = x.contiguous()
     count, width = x.shape[:-1].numel(), x.shape[-1]
-    added = None if residual is None else residual.contiguous()
+    added, weight, bias = (None if each is None else each.contiguous() for each in (residual, weight, bias))
     out, total, mean, inverse = _results(given, added, centred)
     if x.numel():
         block = triton.next_power_of_2(width)
@@ -105,6 +105,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of what was normed and, in float32, of the weight and of the bias, zero where there is none."""
     given, added = grad.contiguous(), None if grad_total is None else grad_total.contiguous()
+    weight = None if weight is None else weight.contiguous()
     count, width = total.shape[:-1].numel(), total.shape[-1]
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     kernel: Any = triton_kernels.norm_backward if width <= HELD else triton_kernels.norm_backward_wide

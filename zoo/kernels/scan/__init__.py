@@ -141,7 +141,7 @@ def selective_scan(
     `O(tokens channels state_dim)`, one element-wise pass after another; `O(channels state_dim)` memory a token in
     short chunks only, which the backward computes again. Source: Gu and Dao 2023, arXiv 2312.00752, equations 2 and
     4, with the input discretised by Euler's rule as published implementations do.
-    Raises `ZooError` for shapes that do not fit.
+    Raises `ZooError` for shapes, dtypes and devices that do not fit.
     """
     name = "selective_scan"
     checks.rank(name, "x", x, "batch, tokens, channels")
@@ -159,6 +159,8 @@ def selective_scan(
     if state is not None:
         checks.shape(name, "state", state, "batch, channels, state_dim", (batch, channels, state_dim))
     packing.check(name, segments, batch, tokens)
+    checks.floats(name, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, state=state)
+    checks.one_device(name, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, state=state, segments=segments)
 
     starts = None if segments is None or tokens < 2 else packing.starts(segments)
     call = Call(x.device.type, x.dtype, {"state_dim": state_dim, "segments": segments is not None})
@@ -183,11 +185,12 @@ def diagonal_scan(
 
     `O(tokens channels)`. It is what QRNN (Bradbury et al. 2016, arXiv 1611.01576), SRU (arXiv 1709.02755), minGRU
     (arXiv 2410.01201), S4D (arXiv 2206.11893), LRU (arXiv 2303.06349) and a diagonalised LMU have in common.
-    Raises `ZooError` for shapes that do not fit.
+    Raises `ZooError` for shapes, dtypes and devices that do not fit.
     """
     name = "diagonal_scan"
     checks.rank(name, "x", x, "batch, tokens, channels")
     batch, tokens, channels = x.shape
+    checks.is_tensor(name, "decay", decay)
     if decay.shape not in ((channels,), (batch, tokens, channels)):
         checks.fail(
             name,
@@ -197,6 +200,8 @@ def diagonal_scan(
     if state is not None:
         checks.shape(name, "state", state, "batch, channels", (batch, channels))
     packing.check(name, segments, batch, tokens)
+    checks.floats_or_complex(name, x=x, decay=decay, state=state)
+    checks.one_device(name, x=x, decay=decay, state=state, segments=segments)
     if decay.is_complex() or (state is not None and state.is_complex()):
         x = x.to(torch.promote_types(x.dtype, torch.complex64))
     starts = None if segments is None or tokens < 2 else packing.starts(segments)

@@ -187,10 +187,9 @@ def attention(
     checks.shape(name, "v", v, "batch, keys, kv_heads, value_dim", (batch, keys, kv_heads, v.shape[3]))
     if kv_heads == 0 or heads % kv_heads:
         checks.fail(name, f"q has {heads} heads and k has {kv_heads}; expected q's to be a multiple of k's")
+    checks.floats(name, q=q, k=k, v=v, alibi_slopes=alibi_slopes, bias=bias, log_forget=log_forget, sink=sink)
     if q.dtype != k.dtype or q.dtype != v.dtype:
         checks.fail(name, f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; expected one")
-    if not q.is_floating_point():
-        checks.fail(name, f"q has dtype {q.dtype}, expected one of floating point")
     if window is not None and window < 1:
         checks.fail(name, f"window is {window}, expected at least 1, or None for no window")
     if dilation < 1:
@@ -210,21 +209,19 @@ def attention(
         checks.shape(name, "key_length", key_length, "batch", (batch,))
     if clip is not None and not clip[1] <= 0 < 1 <= clip[0]:
         checks.fail(name, f"clip is {clip}, expected (zeta, gamma) with zeta at least 1 and gamma at most 0")
-    extras = Extras(
-        segments=segments,
-        key_length=key_length,
-        prefix=_prefix(prefix, q),
-        blocks=_blocks(blocks, block, heads, past + tokens, past + tokens - keys),
-        alibi_slopes=alibi_slopes,
-        bias=bias,
-        log_forget=log_forget,
-        sink=sink,
-    )
+    given = {
+        "segments": segments,
+        "key_length": key_length,
+        "prefix": _prefix(prefix, q),
+        "blocks": _blocks(blocks, block, heads, past + tokens, past + tokens - keys),
+        "alibi_slopes": alibi_slopes,
+        "bias": bias,
+        "log_forget": log_forget,
+        "sink": sink,
+    }
+    extras = Extras(**given)
     _check_score_terms(extras, causal, batch, tokens, keys, heads)
-    tensors = {"k": k, "v": v, **vars(extras)}
-    for other, tensor in tensors.items():
-        if tensor is not None and tensor.device != q.device:
-            checks.fail(name, f"{other} is on {tensor.device} and q on {q.device}; expected one device")
+    checks.one_device(name, q=q, k=k, v=v, **given)
     rules = Rules(
         causal=causal,
         scale=head_dim**-0.5 if scale is None else scale,
@@ -250,7 +247,7 @@ def attention(
         "softcap": softcap is not None,
         "clip": clip is not None,
         "lse": return_lse,
-        "extras": tuple(other for other, tensor in vars(extras).items() if tensor is not None),
+        "extras": tuple(other for other, tensor in given.items() if tensor is not None),
     }
     out, lse = _ATTENTION.select(Call(q.device.type, q.dtype, facts))(q, k, v, extras, rules)
     return (out, lse) if return_lse else out
@@ -263,6 +260,8 @@ def _prefix(prefix: int | Tensor | None, q: Tensor) -> Tensor | None:
         return prefix
     if prefix is None:
         return None
+    if not isinstance(prefix, int | torch.SymInt):
+        checks.fail(_NAME, f"prefix is of type {type(prefix).__name__}, expected an integer or a tensor [batch]")
     if prefix < 0:
         checks.fail(_NAME, f"prefix is {prefix}, expected at least 0")
     return torch.full((q.shape[0],), prefix, device=q.device)

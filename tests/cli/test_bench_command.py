@@ -1,0 +1,119 @@
+"""`zoo bench`, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zoo.cli import main
+
+SPEC = """
+width: 16
+context: 16
+stem: {type: token, vocab: 256}
+body: {layers: [{mixer: {type: attention, heads: 2}, channel: glu}]}
+head: language_model
+"""
+QUICK = ("--threads", "1", "--repeats", "2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    (tmp_path / "classifier.yaml").write_text(SPEC.replace("language_model", "{type: classifier, classes: 3}"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    # What is said does not depend on how long each was timed.
+    import zoo.train.bench
+
+    real = zoo.train.bench.measure
+
+    def short(cases: Any, **options: Any) -> Any:
+        return real(cases, **options, min_seconds=0.0)
+
+    monkeypatch.setattr(zoo.train.bench, "measure", short)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["zoo", "bench", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_tables_for_people(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "spec.yaml", *QUICK, "--roofline", "h100") == 0
+    out = str(capsys.readouterr().out)
+    for name in ("train 16", "prefill 16", "decode 4", "decode 15", "tokens/s", "of peak", "least"):
+        assert name in out
+    assert max(map(len, out.splitlines()[1:])) <= 80 and "…" not in out
+
+
+def test_json_for_scripts_and_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("--phases", "prefill, decode", "--seq", "16,8", "--past", "3", "--batch", "2", "--dtype", "bf16")
+    assert run(monkeypatch, "spec.yaml", *QUICK, *wanted, "--json", "--out", "figures.json") == 0
+    found = json.loads(str(capsys.readouterr().out))
+    assert found == json.loads((folder / "figures.json").read_text())
+    assert [(row["phase"], row.get("seq"), row.get("past")) for row in found["rows"]] == [
+        ("prefill", 8, None),
+        ("prefill", 16, None),
+        ("decode", None, 3),
+    ]
+    assert all(row["low"] <= row["median"] <= row["high"] and row["memory"] > 0 for row in found["rows"])
+    assert found["device"]["threads"] == 1 and re.fullmatch("[0-9a-f]{12}", found["device"]["id"])
+    assert set(found["versions"]) == {"zoo", "torch", "python"} and found["date"].endswith("+00:00")
+
+
+def test_a_classifier_has_no_decoding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "classifier.yaml", *QUICK, "--phases", "decode") == 0
+    assert capsys.readouterr().out == "decode: a classifier has none\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--phases", "train,prefil"], "unknown phase 'prefil'; did you mean 'prefill'?"),
+        (["--seq", "8,x"], "--seq: expected lengths such as 128,512; got '8,x'"),
+        (["--seq", "17"], "seq: expected 1 to 16, the spec's context; got 17"),
+        (["--past", "16"], "past: expected 0 to 15"),
+        (["--dtype", "bfloat61"], "did you mean 'bfloat16'?"),
+        (["--device", "gpu"], "did you mean 'cuda'?"),
+        (["--roofline", "h10"], "did you mean 'h100'?"),
+        (["--predict"], "`zoo device calibrate"),
+        (["--out", "missing/figures.json"], "there is no folder missing"),
+    ],
+)
+def test_mistakes(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, "spec.yaml", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_prints_what_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zoo.model import Model
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "decode_case", interrupted)
+    assert run(monkeypatch, "spec.yaml", *QUICK, "--out", "figures.json") == 130
+    out = str(capsys.readouterr().out)
+    assert "prefill 16" in out and "decode" not in out and "interrupted" in out
+    assert json.loads((folder / "figures.json").read_text())["interrupted"]

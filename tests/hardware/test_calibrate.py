@@ -1,0 +1,247 @@
+"""Calibrations of a device that only pretends."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hardware.pretended import PROFILE, PretendedStopwatch, true_seconds
+from zoo.cost import Cost
+from zoo.errors import ZooError
+from zoo.hardware import calibrate as module
+from zoo.hardware.calibrate import Step, calibrate
+from zoo.hardware.features import features
+from zoo.hardware.predictor import PredictedLatency, Predictor, load_predictor
+from zoo.hardware.samples import chosen, drawn, operators_of, take
+from zoo.latency import Context
+from zoo.spec.document import load
+
+
+@pytest.fixture(autouse=True)
+def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POOL", 60)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """A calibration of the device that only pretends, without noise."""
+    return run(PretendedStopwatch(), tmp_path_factory.mktemp("exact"), 80)
+
+
+def run(stopwatch: PretendedStopwatch, folder: Path, seconds: float = 120, **options: Any) -> Predictor:
+    return calibrate(stopwatch, PROFILE, folder / "log.jsonl", seconds=seconds, clock=stopwatch.clock, **options)
+
+
+def test_known_costs_are_found_again_and_predict_other_models(tmp_path: Path) -> None:
+    predictor = run(PretendedStopwatch(), tmp_path, 200)
+    for name, context in (("gpt2", Context(1, 512, 512)), ("mamba2-130m", Context(4, 1024, 1024))):
+        spec = load(name)
+        for phase in ("forward", "decode"):
+            figure = PredictedLatency(predictor).latency(spec, context, phase)
+            work = module.features(operators_of(spec, _work(context), phase), phase)
+            assert figure.seconds == pytest.approx(true_seconds(work), rel=0.05)
+            assert figure.low <= figure.seconds <= figure.high and figure.source == "predicted"
+
+
+def _work(context: Context) -> Any:
+    from zoo.accounting import Workload
+
+    return Workload(context.batch, context.seq, context.past, context.dtype)
+
+
+def test_the_interval_holds_nine_of_ten_new_models(tmp_path: Path) -> None:
+    predictor = run(PretendedStopwatch(noise=0.2), tmp_path, 240)
+    fresh = PretendedStopwatch(noise=0.2)
+    samples = take(drawn(random.Random(99)), 200, lambda sample: 0.0, 1.0, set())
+    inside = 0
+    for sample in samples:
+        ((times,), _) = fresh.seconds([sample])
+        found = predictor.predict(sample.operators("forward"))
+        inside += found.low <= times["forward"] <= found.high
+    assert 0.82 <= inside / len(samples) <= 0.98
+
+
+def test_a_quantile_is_what_that_share_of_models_stays_below(tmp_path: Path) -> None:
+    source = PredictedLatency(run(PretendedStopwatch(noise=0.2), tmp_path, 160))
+    spec, context = load("gpt2"), Context(1, 256, 256)
+    half, most = (source.latency(spec, context, "forward", quantile).seconds for quantile in (0.5, 0.9))
+    assert half < most < 1.4 * half
+
+
+def test_a_calibration_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    whole = run(PretendedStopwatch(noise=0.1), tmp_path / "whole", 60)
+
+    class Interrupted(PretendedStopwatch):
+        def seconds(self, samples: Any) -> Any:
+            if self.now >= 20:
+                raise KeyboardInterrupt
+            return super().seconds(samples)
+
+    first = Interrupted(noise=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        run(first, tmp_path, 60)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"spent": 1, "tim')  # What a kill leaves behind.
+    second = PretendedStopwatch(noise=0.1)
+    predictor = run(second, tmp_path, 60)
+    assert not set(first.asked) & set(second.asked)
+    assert len(first.asked) + len(second.asked) == 60
+    assert len(predictor.regressions["forward"].errors) == len(whole.regressions["forward"].errors)
+
+
+def test_the_log_of_another_machine_is_not_gone_on_with(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    run(PretendedStopwatch(), tmp_path, 40)
+    other = PretendedStopwatch()
+    other.device = replace(other.device, processor="another")
+    run(other, tmp_path, 40)
+    assert len(other.asked) == 40
+
+
+def test_a_short_disturbance_is_timed_again(tmp_path: Path) -> None:
+    stopwatch = PretendedStopwatch(sentinels=[*[1e-3] * 20, 2e-3, *[1e-3] * 500])
+    steps: list[Step] = []
+    predictor = run(stopwatch, tmp_path, 60, tell=steps.append)
+    again = [key for key in stopwatch.asked if stopwatch.asked.count(key) > 1]
+    assert len(set(again)) == 4 and int(predictor.made["samples"]) == steps[-1].samples
+    assert max(step.deviation for step in steps) <= module.DRIFT
+
+
+def test_a_machine_that_is_never_quiet_is_refused_and_nothing_replaced(tmp_path: Path) -> None:
+    before = run(PretendedStopwatch(), tmp_path / "before", 40).save(tmp_path / "kept.json")
+    text = before.read_text()
+    rng = random.Random(0)
+    stopwatch = PretendedStopwatch(sentinels=[rng.uniform(1e-3, 4e-3) for _ in range(1000)])
+    with pytest.raises(
+        ZooError, match=r"too noisy: the same work took from 1[.0-9]* to [34][.0-9]* ms.*stop what else runs"
+    ):
+        run(stopwatch, tmp_path, 60)
+    assert before.read_text() == text and load_predictor(before).regressions
+
+
+def test_a_clock_that_runs_backwards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match="clock of cpu: pretended"):
+        run(PretendedStopwatch(sign=-1.0), tmp_path)
+
+
+def test_too_little_time_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"4 samples are too few for a calibration, which needs 10; give it more time"):
+        run(PretendedStopwatch(), tmp_path, 3)
+
+
+def test_a_prior_makes_ten_samples_a_start(tmp_path: Path) -> None:
+    prior = run(PretendedStopwatch(), tmp_path / "prior", 200)
+
+    others = take(drawn(random.Random(9)), 40, lambda sample: 0.0, 1.0, set())
+
+    def error(predictor: Predictor) -> float:
+        """The mean relative error on models that no one has timed."""
+        counts = [sample.operators("forward") for sample in others]
+        return sum(abs(predictor.predict(one).seconds / true_seconds(features(one)) - 1) for one in counts) / len(
+            counts
+        )
+
+    alone = run(PretendedStopwatch(noise=0.1), tmp_path / "alone", 12)
+    helped = run(PretendedStopwatch(noise=0.1), tmp_path / "helped", 12, prior=prior)
+    assert error(helped) < 0.1 < error(alone)
+
+
+def test_work_that_was_never_timed_is_not_free(exact: Predictor) -> None:
+    known = Cost(kind="linear", flops=1e9, traffic=1e6)
+    strange = Cost(kind="strange", flops=1e9, traffic=1e6)
+    alone, both = (exact.predict(cost.operators) for cost in (known, known + strange))
+    assert both.unknown == ("strange",) and not alone.unknown
+    assert both.seconds - alone.seconds >= 1e9 / PROFILE.peak["float32"]
+    assert both.high - both.seconds > alone.high - alone.seconds + 2 * (both.seconds - alone.seconds)
+
+
+def test_a_space_with_parts_that_were_never_timed_warns_once(exact: Predictor) -> None:
+    without = Predictor.from_data(_forgetting(exact.as_data(), "attention."))
+    source = PredictedLatency(without)
+    with pytest.warns(UserWarning, match="never timed on attention; the roofline answers"):
+        source.latency(load("gpt2"), Context(1, 64, 64))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source.latency(load("gpt2"), Context(1, 64, 64))
+
+
+def _forgetting(data: dict[str, Any], prefix: str) -> dict[str, Any]:
+    for found in data["phases"].values():
+        kept = [i for i, name in enumerate(found["names"]) if not name.startswith(prefix)]
+        found["names"] = [found["names"][i] for i in kept]
+        found["coefficients"] = [found["coefficients"][i] for i in kept]
+        found["covariance"] = [[found["covariance"][i][j] for j in kept] for i in kept]
+    return data
+
+
+def test_parts_add_up_to_the_model(exact: Predictor) -> None:
+    from zoo.accounting import Workload, places
+
+    spec, work = load("gpt2"), Workload(2, 128, 128)
+    for phase in ("forward", "decode"):
+        seconds = exact.estimator(phase)
+        total = sum(seconds(place) for place in places(spec.fill(), work.at(spec.context)))
+        assert total == pytest.approx(exact.predict(operators_of(spec, work, phase), phase).seconds)
+
+
+def test_a_predictor_is_saved_whole_and_read_again(exact: Predictor, tmp_path: Path) -> None:
+    again = load_predictor(exact.save(tmp_path / "one.json"))
+    assert again.as_data() == exact.as_data()
+    assert [path.name for path in tmp_path.glob("one*")] == ["one.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(format=7), "format 7; this zoo reads 1"),
+        (lambda data: data["phases"].update(prefil=data["phases"]["forward"]), "unknown phases prefil"),
+        (lambda data: data.pop("profile"), "not a calibration"),
+        (lambda data: data.update(profile="name: x\n"), "required"),
+        (lambda data: data["phases"]["forward"].pop("names"), "names"),
+    ],
+)
+def test_a_damaged_file_says_what_is_wrong(exact: Predictor, change: Any, message: str) -> None:
+    data = json.loads(json.dumps(exact.as_data()))
+    change(data)
+    with pytest.raises(ZooError, match=message):
+        Predictor.from_data(data, "file.json")
+
+
+def test_another_dtype_is_refused_with_the_command_that_helps(exact: Predictor) -> None:
+    source = PredictedLatency(exact)
+    with pytest.raises(ZooError, match="calibrated in float32, not bfloat16; `zoo device calibrate --dtype bfloat16`"):
+        source.latency(load("gpt2"), Context(1, 64, 64, "bfloat16"))
+
+
+def test_what_is_timed_spans_the_mixers_and_channel_mixers_of_the_catalogue() -> None:
+    from zoo.registry import Role, components
+
+    samples = take(drawn(random.Random(0)), 150, lambda sample: 0.0, 1.0, set())
+    found = {part.type for sample in samples for _, part, _ in sample.spec.fill().walk(sample.spec.root())}
+    for role in (Role.MIXER, Role.CHANNEL):
+        ours = {kind.type for kind in components(role) if kind.__module__.startswith("zoo.blocks")}
+        assert ours <= found, role
+
+
+def test_the_informative_half_is_chosen_for_what_it_tells() -> None:
+    """The first samples of the order determine the costs better than as many drawn ones."""
+    import numpy as np
+
+    pool = take(drawn(random.Random(0)), 120, lambda sample: 0.0, 1.0, set())
+    order = chosen(pool, lambda sample: true_seconds(sample.known), lambda seconds: 1.0)
+    assert sorted(sample.key for sample in order) == sorted(sample.key for sample in pool)
+    names = sorted({name for sample in pool for name in sample.known})
+
+    def determinant(samples: Any) -> float:
+        rows = np.array([[s.known.get(name, 0.0) / true_seconds(s.known) for name in names] for s in samples])
+        scale = np.array([[s.known.get(name, 0.0) / true_seconds(s.known) for name in names] for s in pool]).mean(0)
+        return float(np.linalg.slogdet((rows / scale).T @ (rows / scale) + 1e-6 * np.eye(len(names)))[1])
+
+    assert determinant(order[:40]) > determinant(pool[:40]) + 20

@@ -1,0 +1,245 @@
+"""Calibrating a device: time models that tell most, fit what their work costs, and refuse a machine that is too noisy.
+
+What is timed goes into a log at once, so that a calibration that was interrupted goes on where it stopped; the
+predictor of an earlier calibration stays until a new one is finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoo.errors import ZooError
+from zoo.hardware.features import PHASES, Phase, features
+from zoo.hardware.predictor import Predictor
+from zoo.hardware.profile import Profile
+from zoo.hardware.regression import Regression, fit
+from zoo.hardware.roofline import least_seconds
+from zoo.hardware.samples import Sample, chosen, drawn, take
+from zoo.latency import Clock
+
+if TYPE_CHECKING:
+    from zoo.hardware.stopwatch import Stopwatch
+
+POOL = 600
+"""Samples that the informative half is chosen from."""
+PAIR = 2
+"""Informative samples, and as many typical ones, that are timed against each other."""
+LONGEST = 0.1
+"""Seconds of a forward pass, as guessed, beyond which a sample is not timed: longer ones tell no more."""
+GUESS = 1.5
+"""How many times the roofline's seconds a forward pass is taken to last until something was timed."""
+RUNS = 14
+"""About how many forward passes timing a sample comes to, decoding included."""
+DRIFT = 0.1
+"""The share by which the sentinel may differ from its median; what was timed then is timed again."""
+TRIES = 3
+"""How often a group is timed before it counts as disturbed."""
+DISTURBED = 1 / 3
+"""The share of disturbed groups above which the machine is too noisy."""
+FEWEST = 10
+"""Samples that a calibration needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where a calibration stands: models timed, seconds spent of those it may take, the sentinel's deviation."""
+
+    samples: int
+    spent: float
+    seconds: float
+    deviation: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What is kept of a sample: features and seconds by phase, and whether the machine was disturbed meanwhile."""
+
+    key: str
+    typical: bool
+    features: Mapping[Phase, Mapping[str, float]]
+    seconds: Mapping[Phase, float]
+    sentinel: float
+    disturbed: bool
+
+
+class Log:
+    """The samples that were timed, one JSON line each behind a first line that says where; appended at once.
+
+    A log of another device, dtype or version of torch is started over.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        self.path = path
+        self.timed: list[Timed] = []
+        self.spent = 0.0
+        head = json.dumps({"identity": dict(identity)})
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            if lines[:1] == [head]:
+                for line in lines[1:]:
+                    self._read(line)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(head + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ZooError(f"cannot keep what is timed in {path}: {error.strerror or error}") from None
+
+    def _read(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            timed = [Timed(**item) for item in row["timed"]]
+        except (ValueError, KeyError, TypeError):
+            return  # The line that a killed process left unfinished.
+        self.timed += timed
+        self.spent += float(row["spent"])
+
+    def add(self, timed: list[Timed], spent: float) -> None:
+        """Keep what a group took."""
+        self.timed += timed
+        self.spent += spent
+        row = {"spent": spent, "timed": [_data(item) for item in timed]}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _data(timed: Timed) -> dict[str, Any]:
+    return {name: getattr(timed, name) for name in Timed.__slots__}
+
+
+def calibrate(
+    stopwatch: Stopwatch,
+    profile: Profile,
+    log: Path,
+    *,
+    dtype: str = "float32",
+    seconds: float = 280.0,
+    prior: Predictor | None = None,
+    pool: Iterable[Sample] | None = None,
+    seed: int = 0,
+    tell: Callable[[Step], None] = lambda step: None,
+    clock: Clock = time.monotonic,
+) -> Predictor:
+    """Time samples for `seconds`, those of an earlier run of the same calibration included, and fit a predictor.
+
+    profile: peak figures of the device, which the first guesses come from, and which answer for kinds that are never
+    timed. log: the file of what was timed. prior: another device's predictor, with which ten samples are a start. pool:
+    where typical samples come from in place of the shipped spaces, such as the space that will be searched.
+
+    Raises `ZooError` where the sentinel, the same work between all others, says that the machine is too noisy.
+    """
+    kept = Log(log, {"device": stopwatch.device.id, "profile": profile.name, "dtype": dtype, "zoo": version("zoo-nas")})
+    groups = _groups(profile, dtype, pool, seed, {timed.key for timed in kept.timed})
+    sentinels = [timed.sentinel for timed in kept.timed if not timed.disturbed]
+    while kept.spent < seconds:
+        group = next(groups, None)
+        if group is None:
+            break
+        start = clock()
+        found, sentinel, disturbed = _undisturbed(stopwatch, group, sentinels)
+        if not disturbed:
+            sentinels += [sentinel] * len(group)
+        kept.add(
+            [
+                Timed(
+                    sample.key,
+                    sample.typical,
+                    {phase: features(sample.operators(phase), phase) for phase in times},
+                    times,
+                    sentinel,
+                    disturbed,
+                )
+                for sample, times in zip(group, found, strict=True)
+            ],
+            max(clock() - start, 1e-9),
+        )
+        tell(Step(len(kept.timed), kept.spent, seconds, _deviation(sentinel, sentinels)))
+    return fitted(kept.timed, profile, stopwatch.device.id, dtype, prior)
+
+
+def _groups(
+    profile: Profile, dtype: str, pool: Iterable[Sample] | None, seed: int, seen: set[str]
+) -> Iterator[list[Sample]]:
+    """What is timed together: informative samples while there are any, and typical ones."""
+
+    def guess(sample: Sample) -> float:
+        return GUESS * least_seconds(sample.operators("forward"), profile, dtype)
+
+    informative = iter(
+        chosen(
+            take(drawn(random.Random(seed), dtype), POOL, guess, LONGEST, seen), guess, lambda least: 0.2 + RUNS * least
+        )
+    )
+    typical = iter(pool if pool is not None else drawn(random.Random(seed + 1), dtype, typical=True))
+    while True:
+        group = [*itertools.islice(informative, PAIR), *take(typical, PAIR, guess, LONGEST, seen)]
+        if not group:
+            return
+        yield group
+
+
+def _undisturbed(
+    stopwatch: Stopwatch, group: list[Sample], sentinels: list[float]
+) -> tuple[list[dict[Phase, float]], float, bool]:
+    """The group's times, taken again while the sentinel says that the machine is not as it was."""
+    attempts = []
+    for _ in range(TRIES):
+        found, sentinel = stopwatch.seconds(group)
+        wrong = [second for times in found for second in times.values() if not second > 0]
+        if wrong or not sentinel > 0:
+            raise ZooError(f"the clock of {stopwatch.device} went wrong: a run took {min([*wrong, sentinel])} s")
+        attempts.append((_deviation(sentinel, sentinels), found, sentinel))
+        if attempts[-1][0] <= DRIFT:
+            break
+    deviation, found, sentinel = min(attempts, key=lambda attempt: attempt[0])
+    return found, sentinel, deviation > DRIFT
+
+
+def _deviation(sentinel: float, others: list[float]) -> float:
+    usual = statistics.median(others) if others else sentinel
+    return max(sentinel, usual) / min(sentinel, usual) - 1
+
+
+def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior: Predictor | None = None) -> Predictor:
+    """The predictor of what was timed; disturbed samples are left out, and errors are those of typical ones."""
+    good = [item for item in timed if not item.disturbed]
+    if len(timed) - len(good) > DISTURBED * len(timed):
+        slow = [item.sentinel for item in timed]
+        raise ZooError(
+            f"the machine is too noisy: the same work took from {min(slow) * 1e3:.3g} to {max(slow) * 1e3:.3g} ms, and "
+            f"{len(timed) - len(good)} of {len(timed)} samples were disturbed; stop what else runs and calibrate again"
+        )
+    regressions: dict[Phase, Regression] = {}
+    for phase in PHASES:
+        rows = [item for item in good if phase in item.seconds]
+        if len(rows) >= FEWEST:
+            regressions[phase] = _regression(rows, phase, prior)
+    if not regressions:
+        raise ZooError(f"{len(good)} samples are too few for a calibration, which needs {FEWEST}; give it more time")
+    made = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "samples": str(len(good)),
+        **{name: version(name) for name in ("torch", "zoo-nas")},
+    }
+    return Predictor(profile, device, dtype, regressions, made)
+
+
+def _regression(rows: list[Timed], phase: Phase, prior: Predictor | None) -> Regression:
+    before = None if prior is None else prior.regressions.get(phase)
+    names = sorted({name for row in rows for name in row.features[phase]} | set(before.names if before else ()))
+    matrix = np.array([[row.features[phase].get(name, 0.0) for name in names] for row in rows])
+    seconds = np.array([row.seconds[phase] for row in rows])
+    found = fit(matrix, seconds, names, prior=None if before is None else before.widened(names))
+    typical = np.array([row.typical for row in rows])
+    return found.judged(typical) if typical.sum() >= FEWEST else found

@@ -1,0 +1,142 @@
+"""What is timed to calibrate a device: small models drawn from `calibration/*.yaml`, chosen for what they tell.
+
+The files are spaces in the spec language, so that what a calibration spans can be read and extended. Half of the models
+are chosen greedily for information per second (D-optimal design: the largest gain in the log determinant of the normal
+matrix), the other half as drawn, since only those say how wrong a prediction is for a model like any other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoo.accounting import Workload, places
+from zoo.errors import SpecError
+from zoo.hardware.features import Phase, features
+from zoo.spec.construct import construct
+from zoo.spec.document import read_text_as
+
+if TYPE_CHECKING:
+    from zoo.blocks.model import Spec
+    from zoo.cost import Operator
+    from zoo.spec.template import Hole, Template
+
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
+BATCHES = (1, 1, 2, 4, 8)
+TRIES = 50
+"""Draws of a template until one is valid."""
+RIDGE = 1e-6
+"""What a feature is taken to be known by beforehand, in shares of a model's time."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A model and the work it is timed on: `batch` sequences of `tokens`, and one token behind as many."""
+
+    spec: Spec
+    batch: int
+    tokens: int
+    typical: bool
+    """Whether it was taken as it was drawn, so that errors on it are those of any model."""
+    dtype: str = "float32"
+
+    @property
+    def key(self) -> str:
+        """What tells it from other samples, in every run."""
+        return f"{self.spec.hash} batch={self.batch} tokens={self.tokens} dtype={self.dtype}"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What can be timed: only language models decode."""
+        return ("forward", "decode") if self.spec.root().causal else ("forward",)
+
+    def operators(self, phase: Phase) -> tuple[Operator, ...]:
+        """What a device meets."""
+        return operators_of(self.spec, Workload(self.batch, self.tokens, self.tokens, self.dtype), phase)
+
+    @cached_property
+    def known(self) -> dict[str, float]:
+        """The features of its forward pass."""
+        return features(self.operators("forward"))
+
+
+def operators_of(spec: Spec, work: Workload, phase: Phase) -> tuple[Operator, ...]:
+    """The operators of a spec, in order."""
+    work = work.at(spec.context)
+    found: list[Operator] = []
+    for place in places(spec.fill(), work):
+        found += place.component.cost(place.scope, place.token if phase == "decode" else place.tokens).operators
+    return tuple(found)
+
+
+def templates() -> list[Template]:
+    """The shipped calibration spaces."""
+    folder = files("zoo.hardware") / "calibration"
+    found = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return [read_text_as(file.read_text(encoding="utf-8"), file.name) for file in found]
+
+
+def drawn(rng: random.Random, dtype: str = "float32", typical: bool = False) -> Iterator[Sample]:
+    """Samples without end; three of four are language models."""
+    shapes = templates()
+    while True:
+        template = rng.choices(shapes, [3.0, *[1.0] * (len(shapes) - 1)])[0]
+        for _ in range(TRIES):
+            try:
+                spec: Any = construct(template.fill(lambda hole, _: _value(hole, rng)))
+                break
+            except SpecError:
+                continue
+        else:
+            raise SpecError([])
+        tokens = rng.choice(LENGTHS) if spec.root().causal else spec.context
+        yield Sample(spec, rng.choice(BATCHES), min(tokens, spec.context), typical, dtype)
+
+
+def _value(hole: Hole, rng: random.Random) -> Any:
+    labels = hole.labels()
+    return rng.choice(labels) if labels else rng.uniform(hole.low, hole.high)
+
+
+def chosen(pool: Sequence[Sample], guess: Callable[[Sample], float], price: Callable[[float], float]) -> list[Sample]:
+    """The pool in the order in which its samples tell most for what they cost.
+
+    guess: seconds of a sample's forward pass. price: seconds that timing takes for such a pass. O(pool^2 features).
+    """
+    names = sorted({name for sample in pool for name in sample.known})
+    seconds = np.array([guess(sample) for sample in pool])
+    matrix = np.array([[sample.known.get(name, 0.0) for name in names] for sample in pool])
+    shares = matrix / np.maximum(matrix.mean(axis=0), 1e-300) * seconds.mean() / seconds[:, None]
+    shares /= np.linalg.norm(shares, axis=0, keepdims=True) / np.sqrt(len(pool))
+    costs = np.array([price(second) for second in seconds])
+    inverse = np.eye(len(names)) / RIDGE
+    left = list(range(len(pool)))
+    order: list[Sample] = []
+    while left:
+        rows = shares[left]
+        gains = np.log1p(np.einsum("ij,jk,ik->i", rows, inverse, rows)) / costs[left]
+        best = left.pop(int(np.argmax(gains)))
+        direction = inverse @ shares[best]
+        inverse -= np.outer(direction, direction) / (1 + shares[best] @ direction)
+        order.append(pool[best])
+    return order
+
+
+def take(
+    pool: Iterable[Sample], count: int, guess: Callable[[Sample], float], longest: float, seen: set[str]
+) -> list[Sample]:
+    """The next `count` samples of a pool that no one has seen and that take at most `longest` seconds."""
+    found: list[Sample] = []
+    for sample in pool:
+        if len(found) == count:
+            break
+        if sample.key not in seen and guess(sample) <= longest:
+            seen.add(sample.key)
+            found.append(sample)
+    return found

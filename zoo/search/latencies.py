@@ -1,0 +1,153 @@
+"""Who tells the latencies that a search asks for: measurement on this machine, a calibration, or a roofline."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from zoo.device import resolve_device
+from zoo.errors import ZooError, did_you_mean
+from zoo.hardware.predictor import PredictedLatency
+from zoo.hardware.profile import load_profile, profile_names
+from zoo.hardware.roofline import RooflineLatency
+from zoo.hardware.roofline import estimator as bound_of
+from zoo.latency import Context, LatencyFigure, LatencySource, MeasuredLatency, Phase
+
+if TYPE_CHECKING:
+    from zoo.accounting import Place
+
+Latency = Literal["measured", "predicted"]
+LATENCIES: tuple[Latency, ...] = ("measured", "predicted")
+"""How latencies on this machine are found."""
+BOUND = "roofline: a bound, not a forecast"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a latency comes from, as one word and in a sentence that also tells one calibration from another."""
+
+    kind: Literal["measured", "predicted", "roofline"]
+    text: str
+
+
+def check_latency(name: str) -> None:
+    """Raises `ZooError` with the nearest name unless `LATENCIES` has it."""
+    if name not in LATENCIES:
+        raise ZooError(f"unknown latency {name!r}{did_you_mean(name, LATENCIES)}")
+
+
+def is_here(device: str) -> bool:
+    """Whether a device is one of this machine."""
+    return re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None
+
+
+class Measured:
+    """Latencies measured on this machine, each device set up when it is first asked for.
+
+    `threads` are those of the training, so that a CPU is timed as it is used; None for all.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._sources: dict[str, LatencySource] = {}
+
+    def __call__(self, device: str) -> LatencySource:
+        if device not in self._sources:
+            self._sources[device] = MeasuredLatency(
+                resolve_device(device, self._threads), _built, lambda spec: spec.computation
+            )
+        return self._sources[device]
+
+
+class Latencies:
+    """The source for each device that a term may name.
+
+    Devices of this machine are `measured` or `predicted`, as `latency` says; others are never measured here.
+    """
+
+    def __init__(self, latency: Latency, threads: int | None = None) -> None:
+        self._threads = threads
+        self._measured = Measured(threads) if latency == "measured" else None
+        self._forecasts: dict[str, Forecast] = {}
+
+    def __call__(self, device: str) -> LatencySource:
+        if self._measured is not None and is_here(device):
+            return self._measured(device)
+        return self._forecasts.setdefault(device, Forecast(device, self._threads))
+
+
+class Forecast:
+    """Latency on a device without timing it: from its calibration in the dtype that is asked for.
+
+    A shipped device that was not calibrated in that dtype gets its roofline instead. `ZooError` for one of this machine
+    that was not.
+    """
+
+    def __init__(self, device: str, threads: int | None = None) -> None:
+        self.device = device
+        self._threads = threads
+        self._sources: dict[str, PredictedLatency | RooflineLatency] = {}
+
+    def of(self, dtype: str) -> PredictedLatency | RooflineLatency:
+        """Who answers for a dtype."""
+        if dtype not in self._sources:
+            self._sources[dtype] = self._found(dtype)
+        return self._sources[dtype]
+
+    def _found(self, dtype: str) -> PredictedLatency | RooflineLatency:
+        from zoo.hardware.store import find_predictor
+
+        try:
+            return PredictedLatency(find_predictor(self.device, dtype, self._threads))
+        except ZooError:
+            if self.device not in profile_names():
+                raise
+        return RooflineLatency(load_profile(self.device))
+
+    def latency(self, spec: Any, context: Context, phase: Phase = "forward", quantile: float = 0.5) -> LatencyFigure:
+        return self.of(context.dtype).latency(spec, context, phase, quantile)
+
+
+def origin(source: LatencySource, device: str, dtype: str, latency: Latency) -> Origin:
+    """Where the latencies that a source tells of a device come from; one of another kind is what `latency` says."""
+    if isinstance(source, Forecast):
+        source = source.of(dtype)
+    if isinstance(source, RooflineLatency):
+        return Origin("roofline", f"{source.device.title}, {BOUND}")
+    if isinstance(source, PredictedLatency):
+        found = source.predictor
+        made = found.made.get("date", "")
+        dated = f", made {made}" if made else ""
+        return Origin(
+            "predicted",
+            f"predicted by the calibration of {found.profile.name} ({found.device}) in {found.dtype}{dated}",
+        )
+    if latency == "measured" and is_here(device):
+        return Origin("measured", f"measured on {resolve_device(device)}")
+    return Origin("predicted", f"predicted by {type(source).__name__} for {device}")
+
+
+def parts(source: LatencySource, dtype: str, phase: Phase, quantile: float) -> Callable[[Place], float] | None:
+    """The seconds that a source gives each part of a model, if those of all parts add up to its figure; else None.
+
+    Where a model has operators of a kind that was never timed, the figure of a quantile is larger than the sum.
+    """
+    if isinstance(source, Forecast):
+        source = source.of(dtype)
+    if isinstance(source, RooflineLatency):
+        return bound_of(source.device, dtype, phase)
+    if not isinstance(source, PredictedLatency):
+        return None
+    seconds, factor = source.predictor.estimator(phase), source.predictor.factor(phase, quantile)
+    if not math.isfinite(factor):
+        return None
+    return lambda place: factor * seconds(place)
+
+
+def _built(spec: Any) -> Any:
+    from zoo.model import build
+
+    return build(spec)
