@@ -254,10 +254,13 @@ def compare(contest: Contest, baseline: Run, backward: bool) -> list[dict[str, A
 
 
 def linearity(make: Callable[[int], Contest]) -> dict[str, Any]:
-    """How much longer forward and backward take at twice the length."""
+    """How much longer forward and backward take at twice the length, turn by turn, by the least times."""
     short, long = LENGTHS
     runs = {length: make(length).ours for length in LENGTHS}
-    times = {length: [timed(run, True) for _ in range(3)] for length, run in runs.items()}
+    times: dict[int, list[float]] = {length: [] for length in LENGTHS}
+    for _ in range(REPEATS):
+        for length, run in runs.items():
+            times[length].append(timed(run, True))
     ratio = min(times[long]) / min(times[short])
     return {
         "what": make(short).what,
