@@ -1,0 +1,174 @@
+"""What the cases launch: each distinct compilation of each kernel, found without a GPU and without compiling anything.
+
+A driver that answers for a device that is not there stands in for CUDA's, and a hook takes what Triton is about to
+compile: the types of the arguments, which of them are 1 or divisible by 16, the constants and the launch configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from zoo.kernels.case import Case, Draw
+from zoo.kernels.dispatch import HOMES
+from zoo.kernels.launch import Launches, configured, without_gpu
+from zoo.testing.kernels import outcome
+
+
+class StandIn:
+    """What Triton asks of a CUDA driver in order to compile, answered for a device that is not there."""
+
+    def __init__(self, architecture: str) -> None:
+        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by device.
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        del device
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A case in one dtype, with the configurations for its sizes, or with others where `natural` is false."""
+
+    architecture: str
+    case: Case
+    dtype: str
+    natural: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation: of the function `kernel` of `module` from what Triton's `preload` takes, `specialization`."""
+
+    call: Call
+    module: str
+    kernel: str
+    configuration: int
+    specialization: str
+
+    @cached_property
+    def arguments(self) -> Mapping[str, Any]:
+        """Of each parameter the value that it is compiled for, or else its type."""
+        data = json.loads(self.specialization)
+        names = list(data["signature"])
+        constants = {
+            names[place]: value["constexpr"] if isinstance(value, dict) else value
+            for (place, *_), value in zip(data["constant_keys"], data["constant_vals"], strict=True)
+        }
+        return {**data["signature"], **constants}
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.kernel, self.call.architecture, self.call.dtype
+
+    def features(self) -> frozenset[tuple[Any, ...]]:
+        """What is special about the launch: sizes and configurations in its dtype, flags and optional tensors in any."""
+        short = {"float32": "*fp32", "bfloat16": "*bf16"}[self.call.dtype]
+        settings = configurations(self.call, self.kernel)[self.configuration]
+        found: set[tuple[Any, ...]] = {("configuration", self.configuration, self.call.dtype)}
+        for name, value in self.arguments.items():
+            if type(value) is int and value != 1 and name not in settings:
+                found.add((name, value, self.call.dtype))
+            elif name not in settings:
+                found.add((name, "own" if value == short else value))
+        return frozenset(found)
+
+
+def configurations(call: Call, kernel: str) -> list[Mapping[str, Any]]:
+    """The shipped configurations of a kernel for a call; some kernels have others in some dtypes."""
+    launches = Launches(HOMES[call.case.primitive])
+    own = f"{kernel}_{call.dtype}"
+    return launches.of(own if own in launches.kernels else kernel, call.architecture)
+
+
+def launched(call: Call, dtype: torch.dtype, indices: Mapping[str, int]) -> Iterator[Launch]:
+    """What a call would compile, forward and backward."""
+    seen: list[tuple[str, str, str]] = []
+
+    def take(*, fn: Any, compile: Mapping[str, Any], **rest: Any) -> bool:  # noqa: A002
+        del rest
+        seen.append((fn.module, fn.name, compile["specialization_data"]))
+        return True
+
+    driver.set_active(StandIn(call.architecture))  # type: ignore[arg-type]
+    knobs.runtime.jit_cache_hook = take  # type: ignore[assignment]
+    try:
+        inputs = call.case.inputs(Draw("large", dtype, blank=True))
+        with without_gpu(call.architecture), configured(**indices), torch.random.fork_rng():
+            outcome(call.case, inputs, "triton", cotangent=torch.zeros_like)
+    finally:
+        knobs.runtime.jit_cache_hook = None
+    for module, kernel, specialization in dict.fromkeys(seen):
+        data = json.loads(specialization)
+        found = Launch(call, module, kernel, 0, specialization)
+        used = {**data["options"], **found.arguments}
+        for index, settings in enumerate(configurations(call, kernel)):
+            if all(used[name] == value for name, value in settings.items()):
+                yield Launch(call, module, kernel, index, specialization)
+                break
+        else:
+            raise LookupError(f"{call}: {kernel} was launched with a configuration that launch.json does not have")
+
+
+def plan(cases: Iterable[Case], architecture: str) -> list[Launch]:
+    """The launches to compile for an architecture, so that of each kernel there is, at least once, each configuration
+    and each size of a tile in each dtype, and each flag and optional tensor in one of them.
+
+    Of each primitive and dtype one whole call is taken, that which uses most of its kernels, for the time that a user
+    waits for it; then, for each kernel, launches that add most to what is covered, in half precision if they can.
+    """
+    natural: list[Launch] = []
+    others: list[Launch] = []
+    calls = [(case, dtype, str(dtype).removeprefix("torch.")) for case in cases for dtype in case.dtypes]
+    for case, dtype, name in calls:
+        natural += launched(Call(architecture, case, name, True), dtype, {})
+    reached = {(*one.group, one.configuration) for one in natural}
+    for case, dtype, name in calls:
+        call = Call(architecture, case, name, False)
+        for indices in Launches(HOMES[case.primitive]).trials(case.kernels, architecture):
+            wanted = {
+                (kernel.removesuffix(f"_{name}"), architecture, name, index) for kernel, index in indices.items()
+            } - reached
+            found = [one for one in launched(call, dtype, indices)] if wanted else []
+            others += [one for one in found if (*one.group, one.configuration) in wanted - reached]
+            reached |= wanted & {(*one.group, one.configuration) for one in found}
+
+    calls_taken = set(fullest(natural).values())
+    chosen = dict.fromkeys(one for one in natural if one.call in calls_taken)
+    of_kernel: dict[str, list[Launch]] = defaultdict(list)
+    for one in sorted(natural, key=lambda one: one.call.dtype):
+        of_kernel[one.kernel].append(one)
+    for found in of_kernel.values():
+        missing = {feature for one in found for feature in one.features()}
+        missing.difference_update(*(one.features() for one in found if one in chosen))
+        while missing:
+            best = max(found, key=lambda one: len(one.features() & missing))
+            missing -= best.features()
+            chosen[best] = None
+    distinct = {(one.kernel, one.specialization): one for one in reversed([*chosen, *others])}
+    return [*reversed(distinct.values())]
+
+
+def fullest(launches: Iterable[Launch]) -> dict[tuple[str, str], Call]:
+    """For each primitive and dtype the call that leaves fewest arguments of its kernels out."""
+    given: dict[tuple[str, str], dict[Call, int]] = defaultdict(lambda: defaultdict(int))
+    for one in launches:
+        used = sum(value is not None and value is not False for value in one.arguments.values())
+        given[one.call.case.primitive, one.call.dtype][one.call] += used
+    return {which: max(calls, key=calls.__getitem__) for which, calls in given.items()}
