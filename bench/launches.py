@@ -74,13 +74,15 @@ class Launch:
         return {**data["signature"], **constants}
 
     @property
-    def group(self) -> tuple[str, str, str]:
-        return self.kernel, self.call.architecture, self.call.dtype
+    def listed(self) -> str:
+        """The kernel's name in `launch.json`: some kernels have configurations of their own for a dtype."""
+        own = f"{self.kernel}_{self.call.dtype}"
+        return own if own in _launches(self.call).kernels else self.kernel
 
     def features(self) -> frozenset[tuple[Any, ...]]:
-        """What is special about the launch: sizes and configurations in its dtype, flags and optional tensors in any."""
+        """What is special about a launch: sizes and configurations in its dtype, flags and tensors in any."""
         short = {"float32": "*fp32", "bfloat16": "*bf16"}[self.call.dtype]
-        settings = configurations(self.call, self.kernel)[self.configuration]
+        settings = _launches(self.call).of(self.listed, self.call.architecture)[self.configuration]
         found: set[tuple[Any, ...]] = {("configuration", self.configuration, self.call.dtype)}
         for name, value in self.arguments.items():
             if type(value) is int and value != 1 and name not in settings:
@@ -90,18 +92,15 @@ class Launch:
         return frozenset(found)
 
 
-def configurations(call: Call, kernel: str) -> list[Mapping[str, Any]]:
-    """The shipped configurations of a kernel for a call; some kernels have others in some dtypes."""
-    launches = Launches(HOMES[call.case.primitive])
-    own = f"{kernel}_{call.dtype}"
-    return launches.of(own if own in launches.kernels else kernel, call.architecture)
+def _launches(call: Call) -> Launches:
+    return Launches(HOMES[call.case.primitive])
 
 
 def launched(call: Call, dtype: torch.dtype, indices: Mapping[str, int]) -> Iterator[Launch]:
     """What a call would compile, forward and backward."""
     seen: list[tuple[str, str, str]] = []
 
-    def take(*, fn: Any, compile: Mapping[str, Any], **rest: Any) -> bool:  # noqa: A002
+    def take(*, fn: Any, compile: Mapping[str, Any], **rest: Any) -> bool:
         del rest
         seen.append((fn.module, fn.name, compile["specialization_data"]))
         return True
@@ -118,7 +117,7 @@ def launched(call: Call, dtype: torch.dtype, indices: Mapping[str, int]) -> Iter
         data = json.loads(specialization)
         found = Launch(call, module, kernel, 0, specialization)
         used = {**data["options"], **found.arguments}
-        for index, settings in enumerate(configurations(call, kernel)):
+        for index, settings in enumerate(_launches(call).of(found.listed, call.architecture)):
             if all(used[name] == value for name, value in settings.items()):
                 yield Launch(call, module, kernel, index, specialization)
                 break
@@ -138,16 +137,17 @@ def plan(cases: Iterable[Case], architecture: str) -> list[Launch]:
     calls = [(case, dtype, str(dtype).removeprefix("torch.")) for case in cases for dtype in case.dtypes]
     for case, dtype, name in calls:
         natural += launched(Call(architecture, case, name, True), dtype, {})
-    reached = {(*one.group, one.configuration) for one in natural}
-    for case, dtype, name in calls:
+    # Configurations that no case takes by itself are tried once, in half precision if they can be.
+    reached = {(one.listed, one.configuration) for one in natural}
+    for case, dtype, name in sorted(calls, key=lambda call: call[2]):
         call = Call(architecture, case, name, False)
         for indices in Launches(HOMES[case.primitive]).trials(case.kernels, architecture):
-            wanted = {
-                (kernel.removesuffix(f"_{name}"), architecture, name, index) for kernel, index in indices.items()
-            } - reached
-            found = [one for one in launched(call, dtype, indices)] if wanted else []
-            others += [one for one in found if (*one.group, one.configuration) in wanted - reached]
-            reached |= wanted & {(*one.group, one.configuration) for one in found}
+            if set(indices.items()) - reached:
+                found = [
+                    one for one in launched(call, dtype, indices) if (one.listed, one.configuration) not in reached
+                ]
+                others += found
+                reached |= {(one.listed, one.configuration) for one in found}
 
     calls_taken = set(fullest(natural).values())
     chosen = dict.fromkeys(one for one in natural if one.call in calls_taken)
