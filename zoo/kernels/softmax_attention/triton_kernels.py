@@ -536,7 +536,8 @@ def attention_backward_queries(
                     grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v,
                     segments, slope, table, decay, query_index, query_segment, query_decay, origin, inside, share,
                     k_token * step, v_token * step, step, limit, window, prefix_end, distances, center, scale, cap,
-                    spread, floor, True, False, False, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+                    spread, floor, True, False, False, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                    BLOCK_N,
                 )  # fmt: skip
     if grad_log_sum is not None:
         dots -= tl.load(grad_log_sum + line, mask=inside, other=0.0) * LOG2E
