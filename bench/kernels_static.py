@@ -153,26 +153,29 @@ def written(table: Mapping[str, Any]) -> str:
 def sweep(folders: Iterable[str], architectures: Iterable[str], jobs: int) -> tuple[dict[str, Row], dict[str, Row]]:
     """The rows of all launches, and the seconds of whole calls."""
     # The only import of torch and Triton in this process, after the environment is set.
-    from bench.launches import fullest, plan
+    from bench.launches import plan
     from zoo.kernels import case
     from zoo.kernels.dispatch import HOMES
 
     cases = [one for one in case.cases() if HOMES[one.primitive] in folders]
     waiting: dict[str, Future[tuple[Row, float]]] = {}
     launches: dict[str, Launch] = {}
+    calls: dict[tuple[str, str], list[Launch]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start) as pool:
         for architecture in architectures:
-            for name, one in names(plan(cases, architecture)).items():
+            planned = plan(cases, architecture)
+            if architecture == COLD_ARCHITECTURE:
+                calls = planned.calls
+            for name, one in names(planned.launches).items():
                 launches[name] = one
-                arguments = one.module, one.kernel, architecture, one.specialization
-                waiting[name] = pool.submit(compiled, *arguments)
+                waiting[name] = pool.submit(compiled, one.module, one.kernel, architecture, one.specialization)
         found = {name: future.result() for name, future in waiting.items()}
+    seconds = {launches[name].compilation: took for name, (_, took) in found.items()}
     cold: dict[str, Row] = {}
-    here = {name: one for name, one in launches.items() if one.call.architecture == COLD_ARCHITECTURE}
-    for (primitive, dtype), call in fullest(one for one in here.values() if one.call.natural).items():
-        seconds = [found[name][1] for name, one in here.items() if one.call == call]
-        kernels = len(seconds)
-        cold[f"{primitive} {dtype}"] = {"case": call.case.name, "compiled": kernels, "seconds": round(sum(seconds), 1)}
+    for (primitive, dtype), of_call in calls.items():
+        took = sum(seconds[one.compilation] for one in of_call)
+        row = {"case": of_call[0].call.case.name, "compiled": len(of_call), "seconds": round(took, 1)}
+        cold[f"{primitive} {dtype}"] = row
     return {name: row for name, (row, _) in found.items()}, cold
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -61,6 +61,11 @@ class Launch:
     kernel: str
     configuration: int
     specialization: str
+
+    @property
+    def compilation(self) -> tuple[str, str]:
+        """What is the same for launches that are compiled once."""
+        return self.kernel, self.specialization
 
     @cached_property
     def arguments(self) -> Mapping[str, Any]:
@@ -125,8 +130,15 @@ def launched(call: Call, dtype: torch.dtype, indices: Mapping[str, int]) -> Iter
             raise LookupError(f"{call}: {kernel} was launched with a configuration that launch.json does not have")
 
 
-def plan(cases: Iterable[Case], architecture: str) -> list[Launch]:
-    """The launches to compile for an architecture, so that of each kernel there is, at least once, each configuration
+class Plan(NamedTuple):
+    """The distinct launches to compile, and those of one whole call of each primitive and dtype."""
+
+    launches: list[Launch]
+    calls: dict[tuple[str, str], list[Launch]]
+
+
+def plan(cases: Iterable[Case], architecture: str) -> Plan:
+    """What to compile for an architecture, so that of each kernel there is, at least once, each configuration
     and each size of a tile in each dtype, and each flag and optional tensor in one of them.
 
     Of each primitive and dtype one whole call is taken, that which uses most of its kernels, for the time that a user
@@ -149,8 +161,8 @@ def plan(cases: Iterable[Case], architecture: str) -> list[Launch]:
                 others += found
                 reached |= {(one.listed, one.configuration) for one in found}
 
-    calls_taken = set(fullest(natural).values())
-    chosen = dict.fromkeys(one for one in natural if one.call in calls_taken)
+    whole = {which: [one for one in natural if one.call is call] for which, call in fullest(natural).items()}
+    chosen = dict.fromkeys(one for launches in whole.values() for one in launches)
     of_kernel: dict[str, list[Launch]] = defaultdict(list)
     for one in sorted(natural, key=lambda one: one.call.dtype):
         of_kernel[one.kernel].append(one)
@@ -161,8 +173,8 @@ def plan(cases: Iterable[Case], architecture: str) -> list[Launch]:
             best = max(found, key=lambda one: len(one.features() & missing))
             missing -= best.features()
             chosen[best] = None
-    distinct = {(one.kernel, one.specialization): one for one in reversed([*chosen, *others])}
-    return [*reversed(distinct.values())]
+    distinct = {one.compilation: one for one in reversed([*chosen, *others])}
+    return Plan([*reversed(distinct.values())], whole)
 
 
 def fullest(launches: Iterable[Launch]) -> dict[tuple[str, str], Call]:
