@@ -13,7 +13,7 @@ from zoo.kernels.dispatch import HOMES
 from zoo.kernels.launch import ARCHITECTURES, Launches
 
 TABLE = json.loads(COMMITTED.read_text())
-ROWS: Mapping[str, Mapping[str, Any]] = TABLE["kernels"]
+ROWS: Mapping[str, dict[str, Any]] = TABLE["kernels"]
 NAME = "attention_forward sm_90 bfloat16 attention-all 0"
 GOOD = {"registers": 128, "spills": 0, "shared": 1000, "tensor": "wgmma", "products": 16}
 
@@ -40,7 +40,7 @@ def test_every_shipped_configuration_is_in_the_table() -> None:
 def test_the_table_keeps_the_rules() -> None:
     assert not [*complaints(ROWS, ROWS), *slow(TABLE["cold"])]
     assert {name.split()[0] for name in TABLE["cold"]} >= {name for name in HOMES if name not in _WITHOUT_KERNELS}
-    assert TABLE["seconds"] <= 600
+    assert TABLE["processor_seconds"] <= 2 * 600
 
 
 _WITHOUT_KERNELS = {"long_convolution", "block_diagonal_matmul"}

@@ -9,6 +9,9 @@ The backward pass is the forward pass with the roles of the tensors exchanged an
 gradient of the state comes from queries and output gradients as the state comes from keys and values.
 """
 
+# Triton's types do not know that its `range` is one.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
