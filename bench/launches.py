@@ -127,7 +127,8 @@ def launched(call: Call, dtype: torch.dtype, indices: Mapping[str, int]) -> Iter
                 yield Launch(call, module, kernel, index, specialization)
                 break
         else:
-            raise LookupError(f"{call}: {kernel} was launched with a configuration that launch.json does not have")
+            where = f"{call.case} in {call.dtype} on {call.architecture}"
+            raise LookupError(f"{where}: {kernel} was launched with settings that launch.json does not have")
 
 
 class Plan(NamedTuple):
