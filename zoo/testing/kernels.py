@@ -23,8 +23,20 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
-def outcome(case: Case, inputs: Mapping[str, Any], implementation: str) -> Outcome:
-    """Run a case forward and, if it is differentiated, backward from fixed random gradients of its outputs."""
+def _cotangent(out: Tensor) -> Tensor:
+    """Numbers that hang on nothing but the shape, exact in every dtype."""
+    drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(out.numel()))
+    return drawn.to(torch.bfloat16).to(out.device, out.dtype)
+
+
+def outcome(
+    case: Case,
+    inputs: Mapping[str, Any],
+    implementation: str,
+    *,
+    cotangent: Callable[[Tensor], Tensor] = _cotangent,
+) -> Outcome:
+    """Run a case forward and, if it is differentiated, backward from gradients of its outputs: fixed random ones."""
     leaves = {
         name: value.detach().requires_grad_(case.gradients)
         for name, value in inputs.items()
@@ -36,16 +48,10 @@ def outcome(case: Case, inputs: Mapping[str, Any], implementation: str) -> Outco
         if not case.gradients:
             return Outcome(outputs, {})
         ends = [out for out in outputs if out.requires_grad]
-        given = [_cotangent(out) for out in ends]
+        given = [cotangent(out) for out in ends]
         found = torch.autograd.grad(ends, list(leaves.values()), given, allow_unused=True)
     gradients = {name: each for name, each in zip(leaves, found, strict=True) if each is not None}
     return Outcome([out.detach() for out in outputs], gradients)
-
-
-def _cotangent(out: Tensor) -> Tensor:
-    """Numbers that hang on nothing but the shape, exact in every dtype."""
-    drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(out.numel()))
-    return drawn.to(torch.bfloat16).to(out.device, out.dtype)
 
 
 def widened(inputs: Mapping[str, Any]) -> dict[str, Any]:

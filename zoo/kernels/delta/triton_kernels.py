@@ -31,16 +31,15 @@ def _product(a, b, EXACT: tl.constexpr):
     in float32 (EXACT is float32) need three of bfloat16, 24 bits. Products of parts below the last bit are left out.
     """
     if tl.float32 == EXACT:
-        a_1 = a.to(tl.bfloat16)
+        # In an order in which few parts are in use at a time.
         b_1 = b.to(tl.bfloat16)
-        a_rest = a - a_1.to(tl.float32)
         b_rest = b - b_1.to(tl.float32)
-        a_2 = a_rest.to(tl.bfloat16)
         b_2 = b_rest.to(tl.bfloat16)
-        a_3 = (a_rest - a_2.to(tl.float32)).to(tl.bfloat16)
-        b_3 = (b_rest - b_2.to(tl.float32)).to(tl.bfloat16)
-        found = tl.dot(a_3, b_1)
-        found = tl.dot(a_1, b_3, found)
+        a_1 = a.to(tl.bfloat16)
+        found = tl.dot(a_1, (b_rest - b_2.to(tl.float32)).to(tl.bfloat16))
+        a_rest = a - a_1.to(tl.float32)
+        a_2 = a_rest.to(tl.bfloat16)
+        found = tl.dot((a_rest - a_2.to(tl.float32)).to(tl.bfloat16), b_1, found)
         found = tl.dot(a_2, b_2, found)
         found = tl.dot(a_2, b_1, found)
         found = tl.dot(a_1, b_2, found)
@@ -139,7 +138,7 @@ def delta_inverse(
     """`(I + A)^-1` of one chunk and head, `[batch * heads, chunks, 64, 64]`.
 
     Blocks of 16 on the diagonal by forward substitution, all at once. With their inverse `D` and the other blocks `O`,
-    `N = D O` has a fourth power of zero, so that the inverse is `(I - N)(I + N^2) D`.
+    `N = D O` has a fourth power of zero, so that the inverse is `D - N (D - N (D - N D))`.
     """
     EXACT: tl.constexpr = k.dtype.element_ty
     chunks = tl.cdiv(length, CHUNK)
@@ -177,8 +176,9 @@ def delta_inverse(
         diagonal = tl.where((row % SUB == step) & same_block, diagonal - change[None, :], diagonal)
 
     between = _product(diagonal, tl.where(same_block, 0.0, system), EXACT)
-    found = diagonal + _product(_product(between, between, EXACT), diagonal, EXACT)
-    found = found - _product(between, found, EXACT)
+    found = diagonal
+    for _ in tl.range(CHUNK // SUB - 1, disable_licm=True):
+        found = diagonal - _product(between, found, EXACT)
     number = tl.program_id(0).to(tl.int64)
     tl.store(inverse + number * CHUNK * CHUNK + row * CHUNK + column, found)
 

@@ -73,6 +73,12 @@ def _dilated(draw: Draw) -> Mapping[str, Any]:
     }
 
 
+def _gated_classes(draw: Draw) -> Mapping[str, Any]:
+    inputs = _heads(draw, 90)
+    heads, tokens = inputs["q"].shape[2], inputs["k"].shape[1]
+    return {**inputs, "log_forget": -draw.uniform(0.0, 0.2, 1, tokens, heads)}
+
+
 def _sparse(draw: Draw) -> Mapping[str, Any]:
     inputs = _heads(draw, 150)
     count = -(-inputs["k"].shape[1] // 128)
@@ -116,6 +122,7 @@ CASES = (
     Case("attention", "all", partial(attention, window=50, softcap=3.0, return_lse=True), _all, ()),
     Case("attention", "bias", partial(attention, causal=False, window=60, clip=(1.03, -0.01)), _biased, ()),
     Case("attention", "dilation", partial(attention, dilation=3, window=100), _dilated, ()),
+    Case("attention", "dilation-gates", partial(attention, dilation=3), _gated_classes, ()),
     Case("attention", "blocks", partial(attention, block=128), _sparse, ()),
     Case("attention", "lse", partial(attention, return_lse=True), _plain, ()),
     Case("attention", "wide", partial(attention, window=30), _wide, (), dtypes=(torch.bfloat16,)),

@@ -2,7 +2,8 @@
 
 With a dilation of `step` each program serves one residue class of positions, in which positions are `step` apart:
 `tile`, `row` and `key` count within the class. A row of queries is at the coordinate `row + shift`, in which key 0 has
-0. Visits to tiles of which every pair is visible skip the mask; `_key_tiles` and `_query_tiles` tell which those are.
+0. Visits to tiles of which every pair is visible skip the mask, if there may be such tiles (`WHOLE`); `_key_tiles` and
+`_query_tiles` tell which those are. In float32 products take so long that masks do not count: every visit has one.
 """
 
 # Parameters that are declared as constants of compilation are given plain values, and what is None is compiled out.
@@ -138,6 +139,16 @@ def _edge(n, before, start, full, rest):
     n = tl.full([], n, tl.int32)
     later = n - before
     return tl.where(n < before, n, tl.where(later < full - start, later + start, later - (full - start) + rest))
+
+
+@triton.jit
+def _visited(n, listed, before, start, full, rest, MASKED: tl.constexpr):
+    """The `n`-th of the partly visible tiles if `MASKED`, else of the wholly visible ones."""
+    if listed is not None:
+        return tl.load(listed + (rest if MASKED else full) + n)
+    if MASKED:
+        return _edge(n, before, start, full, rest)
+    return full + n
 
 
 @triton.jit
@@ -282,18 +293,21 @@ def attention_forward(
         origin = tl.load(decay + (start + shift) * step, mask=start < tokens_here, other=0.0)
         query_decay = _gates(decay, query_index * step, inside, origin, EXACT)[:, None]
     LISTED: tl.constexpr = listed is not None
+    WHOLE: tl.constexpr = not EXACT and (LISTED or segments is None)
+    FIRST: tl.constexpr = 0 if WHOLE else 1
     if LISTED:
         at = batch * list_batch + head * list_head + tile
         listed += at * list_width
-        full, rest = 0, tl.load(counts + 2 * at)
+        before, begin, full, rest = 0, 0, 0, 0
+        if WHOLE:
+            rest = tl.load(counts + 2 * at)
         edges = tl.load(counts + 2 * at + 1) - rest
-        before, begin = rest * 0, rest * 0
     else:
         last = tl.minimum(start.to(tl.int32) + BLOCK_M, tokens_here) - 1 + shift
         before, begin, full, rest, end = _key_tiles(
             start.to(tl.int32) + shift, last, limit, window, prefix_end, CAUSAL, BLOCK_N
         )
-        if segments is not None:
+        if not WHOLE:
             full, rest = begin, begin
         edges = before + (full - begin) + (end - rest)
 
@@ -301,22 +315,15 @@ def attention_forward(
     most = tl.full([BLOCK_M], HIDDEN, tl.float32)
     mass = tl.zeros([BLOCK_M], dtype=tl.float32)
     PLAIN: tl.constexpr = spread is None
-    for n in range(full, rest):
-        visited = tl.load(listed + n) if LISTED else n
-        total, most, mass = _attend(
-            total, most, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
-            query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances, center,
-            scale, cap, spread, floor,
-            True, PLAIN, False, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
-        )  # fmt: skip
-    for n in range(edges):
-        visited = tl.load(listed + rest + n) if LISTED else _edge(n, before, begin, full, rest)
-        total, most, mass = _attend(
-            total, most, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
-            query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances, center,
-            scale, cap, spread, floor,
-            True, PLAIN, True, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
-        )  # fmt: skip
+    for MASKED in tl.static_range(FIRST, 2):
+        for n in range(edges if MASKED else rest - full):
+            visited = _visited(n, listed, before, begin, full, rest, MASKED)
+            total, most, mass = _attend(
+                total, most, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
+                query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances, center,
+                scale, cap, spread, floor,
+                True, PLAIN, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
+            )  # fmt: skip
 
     if sink is not None:
         logit = tl.load(sink + head).to(tl.float32) * LOG2E
@@ -332,22 +339,15 @@ def attention_forward(
     if PLAIN:
         total = total / mass[:, None]
     else:
-        for n in range(full, rest):
-            visited = tl.load(listed + n) if LISTED else n
-            total, _, _ = _attend(
-                total, sums, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
-                query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances,
-                center, scale, cap, spread, floor,
-                False, True, False, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
-            )  # fmt: skip
-        for n in range(edges):
-            visited = tl.load(listed + rest + n) if LISTED else _edge(n, before, begin, full, rest)
-            total, _, _ = _attend(
-                total, sums, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
-                query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances,
-                center, scale, cap, spread, floor,
-                False, True, True, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
-            )  # fmt: skip
+        for MASKED in tl.static_range(FIRST, 2):
+            for n in range(edges if MASKED else rest - full):
+                visited = _visited(n, listed, before, begin, full, rest, MASKED)
+                total, _, _ = _attend(
+                    total, sums, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
+                    query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances,
+                    center, scale, cap, spread, floor,
+                    False, True, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
+                )  # fmt: skip
     column = tl.arange(0, BLOCK_V)
     index = (batch * tokens + first + (start + lane) * step) * heads + head
     tl.store(
@@ -500,18 +500,21 @@ def attention_backward_queries(
         origin = tl.load(decay + (start + shift) * step, mask=start < tokens_here, other=0.0)
         query_decay = _gates(decay, query_index * step, inside, origin, EXACT)[:, None]
     LISTED: tl.constexpr = listed is not None
+    WHOLE: tl.constexpr = not EXACT and (LISTED or segments is None)
+    FIRST: tl.constexpr = 0 if WHOLE else 1
     if LISTED:
         at = batch * list_batch + head * list_head + tile
         listed += at * list_width
-        full, rest = 0, tl.load(counts + 2 * at)
+        before, begin, full, rest = 0, 0, 0, 0
+        if WHOLE:
+            rest = tl.load(counts + 2 * at)
         edges = tl.load(counts + 2 * at + 1) - rest
-        before, begin = rest * 0, rest * 0
     else:
         last = tl.minimum(start.to(tl.int32) + BLOCK_M, tokens_here) - 1 + shift
         before, begin, full, rest, end = _key_tiles(
             start.to(tl.int32) + shift, last, limit, window, prefix_end, CAUSAL, BLOCK_N
         )
-        if segments is not None:
+        if not WHOLE:
             full, rest = begin, begin
         edges = before + (full - begin) + (end - rest)
 
@@ -526,44 +529,31 @@ def attention_backward_queries(
         )
         dots = tl.sum(result.to(tl.float32) * given.to(tl.float32), 1)
     else:
-        for n in range(full, rest):
-            visited = tl.load(listed + n) if LISTED else n
-            grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
-                grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v, segments,
-                slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_token * step,
-                v_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
-                True, False, False, False, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        for n in range(edges):
-            visited = tl.load(listed + rest + n) if LISTED else _edge(n, before, begin, full, rest)
-            grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
-                grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v, segments,
-                slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_token * step,
-                v_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
-                True, False, False, True, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+        for MASKED in tl.static_range(FIRST, 2):
+            for n in range(edges if MASKED else rest - full):
+                visited = _visited(n, listed, before, begin, full, rest, MASKED)
+                grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
+                    grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v,
+                    segments, slope, table, decay, query_index, query_segment, query_decay, origin, inside, share,
+                    k_token * step, v_token * step, step, limit, window, prefix_end, distances, center, scale, cap,
+                    spread, floor, True, False, False, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                    BLOCK_N,
+                )  # fmt: skip
     if grad_log_sum is not None:
         dots -= tl.load(grad_log_sum + line, mask=inside, other=0.0) * LOG2E
     tl.store(delta + line, dots, mask=inside)
 
     SLOPES: tl.constexpr = grad_slopes is not None
     GATES: tl.constexpr = grad_decay is not None
-    for n in range(full, rest):
-        visited = tl.load(listed + n) if LISTED else n
-        grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
-            grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v, segments,
-            slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_token * step,
-            v_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
-            False, SLOPES, GATES, False, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    for n in range(edges):
-        visited = tl.load(listed + rest + n) if LISTED else _edge(n, before, begin, full, rest)
-        grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
-            grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v, segments,
-            slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_token * step,
-            v_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
-            False, SLOPES, GATES, True, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    for MASKED in tl.static_range(FIRST, 2):
+        for n in range(edges if MASKED else rest - full):
+            visited = _visited(n, listed, before, begin, full, rest, MASKED)
+            grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
+                grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v, segments,
+                slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_token * step,
+                v_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
+                False, SLOPES, GATES, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     column = tl.arange(0, BLOCK_D)
     tl.store(
         grad_q + index[:, None] * HEAD_DIM + column[None, :],
@@ -670,12 +660,14 @@ def attention_backward_keys(
         segments += batch * keys + residue
         key_segment = tl.load(segments + (start + lane) * step, mask=inside, other=0)[:, None]
     LISTED: tl.constexpr = listed is not None
+    WHOLE: tl.constexpr = not EXACT and (LISTED or segments is None)
+    FIRST: tl.constexpr = 0 if WHOLE else 1
     GATES: tl.constexpr = grad_decay is not None
     if not LISTED:
         begin, full, rest, end = _query_tiles(
             start.to(tl.int32), tokens_here, shift, limit, window, prefix_end, CAUSAL, BLOCK_N, BLOCK_M
         )
-        if segments is not None:
+        if not WHOLE:
             full, rest = begin, begin
         edges = (full - begin) + (end - rest)
 
@@ -684,10 +676,13 @@ def attention_backward_keys(
     for member in range(group):
         head = kv_head * group + member
         slope, table, own_decay, key_decay, origin = None, None, None, None, None
+        own_list = None
         if LISTED:
             at = batch * list_batch + head * list_head + tile
             own_list = listed + at * list_width
-            begin, full, rest = 0, 0, tl.load(counts + 2 * at)
+            begin, full, rest = 0, 0, 0
+            if WHOLE:
+                rest = tl.load(counts + 2 * at)
             edges = tl.load(counts + 2 * at + 1) - rest
         if slopes is not None:
             slope = tl.load(slopes + head).to(tl.float32) * LOG2E
@@ -701,22 +696,15 @@ def attention_backward_keys(
         own_given = grad_out + ((batch * tokens + first) * heads + head) * VALUE_DIM
         line = (batch * heads + head) * tokens + first
         gate_sum = tl.zeros([BLOCK_N], dtype=tl.float64 if EXACT else tl.float32)
-        for n in range(full, rest):
-            visited = tl.load(own_list + n) if LISTED else n
-            grad_key, grad_value, gate_sum = _ascend(
-                grad_key, grad_value, gate_sum, key_tile, value_tile, visited, own_q, own_given, log_sum + line,
-                delta + line, segments, slope, table, own_decay, key, key_segment, key_decay, origin, tokens_here,
-                shift, heads, q_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread,
-                floor, GATES, False, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
-            )  # fmt: skip
-        for n in range(edges):
-            visited = tl.load(own_list + rest + n) if LISTED else _edge(n, 0, begin, full, rest)
-            grad_key, grad_value, gate_sum = _ascend(
-                grad_key, grad_value, gate_sum, key_tile, value_tile, visited, own_q, own_given, log_sum + line,
-                delta + line, segments, slope, table, own_decay, key, key_segment, key_decay, origin, tokens_here,
-                shift, heads, q_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread,
-                floor, GATES, True, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
-            )  # fmt: skip
+        for MASKED in tl.static_range(FIRST, 2):
+            for n in range(edges if MASKED else rest - full):
+                visited = _visited(n, own_list, 0, begin, full, rest, MASKED)
+                grad_key, grad_value, gate_sum = _ascend(
+                    grad_key, grad_value, gate_sum, key_tile, value_tile, visited, own_q, own_given, log_sum + line,
+                    delta + line, segments, slope, table, own_decay, key, key_segment, key_decay, origin, tokens_here,
+                    shift, heads, q_token * step, step, limit, window, prefix_end, distances, center, scale, cap,
+                    spread, floor, GATES, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                )  # fmt: skip
         if GATES:
             tl.store(
                 grad_decay + (batch * heads + head) * keys + residue + (start + lane) * step,

@@ -88,7 +88,12 @@ class _Plan(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {"head_dim": max(self.q.shape[3], self.v.shape[3])}
+        """What configurations hang on; terms are what each pair's score or visibility takes registers for."""
+        terms = self.segments, self.slopes, self.bias, self.decay
+        return {
+            "head_dim": max(self.q.shape[3], self.v.shape[3]),
+            "terms": sum(term is not None for term in terms),
+        }
 
     @property
     def empty(self) -> bool:
