@@ -65,6 +65,20 @@ def test_cases_are_warmed_up_and_interleaved_in_abba_order() -> None:
     assert measure({}, device=CPU) == {}
 
 
+def test_each_timed_run_comes_behind_a_case_that_has_settled() -> None:
+    clock = FakeClock()
+    cases = {"a": clock.case("a", 0.25), "b": clock.case("b", 3)}
+    timings = measure(cases, device=CPU, repeats=2, warmup=0, min_seconds=0, max_seconds=100, clock=clock, settle=0.5)
+    assert "".join(clock.calls) == "aaa" + "bb" + "bb" + "aaa"
+    assert [len(timing.runs) for timing in timings.values()] == [2, 2]
+
+
+def test_a_case_that_takes_no_time_settles_all_the_same() -> None:
+    clock = FakeClock()
+    timing = measure({"a": clock.case("a", 0.0)}, device=CPU, repeats=2, min_seconds=0, clock=clock, settle=0.5)["a"]
+    assert timing.runs == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "runs"),
     [(0.1, 20), (0.001, 200), (0.0, 1000), (3.0, 4), (60.0, 2)],
