@@ -47,7 +47,7 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
 
     import zoo
     from zoo.blocks.matformer import set_granularity
-    from zoo.testing.memory import peak_bytes
+    from zoo.hardware.memory import cold_peak_bytes
     from zoo.train.module import loss_sum
     from zoo.train.optimizer import adamw
 
@@ -56,9 +56,10 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
     model.eval()
     with torch.inference_mode():
         model(inputs)
-        found = {"activations": float(peak_bytes(model, inputs))}
+        found = {"activations": float(cold_peak_bytes(lambda: model(inputs)))}
     # Training draws one of the nested networks; the widest is what has to fit.
-    set_granularity(model, [len(part.widths) - 1 for part in nested(model)])
+    if widest := [len(part.widths) - 1 for part in nested(model)]:
+        set_granularity(model, widest)
     model.train()
     with torch.no_grad():
         logits = model(inputs).logits
@@ -86,7 +87,7 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
             step()
             step()
 
-        found[name] = float(weights + peak_bytes(steps))
+        found[name] = float(weights + cold_peak_bytes(steps))
     return found
 
 

@@ -68,7 +68,7 @@ def test_experts_count_in_part() -> None:
 def test_activations_are_what_the_allocator_records() -> None:
     import torch
 
-    from zoo.testing.memory import peak_bytes
+    from zoo.hardware.memory import cold_peak_bytes
 
     text = "width: 64\nstem: {type: token, vocab: 64}\nhead: language_model\n"
     spec = parse(text + "body: {layers: [{repeat: 2, of: {mixer: {type: attention, heads: 4}, channel: glu}}]}\n")
@@ -76,7 +76,7 @@ def test_activations_are_what_the_allocator_records() -> None:
     inputs = model.example_inputs(2, 128)
     with torch.inference_mode():
         model(inputs)
-        found = peak_bytes(model, inputs)
+        found = cold_peak_bytes(lambda: model(inputs))
     assert metrics(spec, Workload(batch=2, seq=128))["activations"] == pytest.approx(found, rel=0.1)
 
 

@@ -30,8 +30,15 @@ def peak_bytes(case: Callable[[], object], device: Device) -> int:
     """
     if device.kind == "cuda":
         return _peak_on_cuda(case, device)
-    changes = _changes(case, case)
-    return max(0, *accumulate(changes)) if changes else 0
+    return max(0, 0, *accumulate(_changes(case, case)))
+
+
+def cold_peak_bytes(case: Callable[[], object]) -> int:
+    """The most bytes that a first call of `case` holds on the CPU beyond those that were alive before it.
+
+    What is released of the memory from before counts as negative.
+    """
+    return max(0, 0, *accumulate(_changes(lambda: None, case)))
 
 
 def kept_bytes(make: Callable[[], T], device: Device) -> tuple[T, int]:
