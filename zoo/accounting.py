@@ -12,7 +12,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
-from zoo.cost import STREAMS, Call
+from zoo.cost import STREAMS, Call, Cost
 from zoo.errors import ZooError, did_you_mean
 from zoo.registry import Role
 
@@ -140,6 +140,14 @@ class Place(NamedTuple):
     scope: Scope
     tokens: Call
     token: Call
+
+    def call(self, decoding: bool = False) -> Call:
+        """Its call in a forward pass or in decoding."""
+        return self.token if decoding else self.tokens
+
+    def cost(self, decoding: bool = False) -> Cost:
+        """What its call takes in a forward pass or in decoding."""
+        return self.component.cost(self.scope, self.call(decoding))
 
     def tally(self, work: Workload) -> Tally:
         return tally(self.component, self.scope, work, self.tokens, self.token)

@@ -48,9 +48,14 @@ class Device:
         return f"{self.name}: {self.processor}, {self.cores} {units}, {self.threads} threads{memory}"
 
 
+def is_here(name: str) -> bool:
+    """Whether a name is that of a device of this machine, as torch says it, whether or not there is one."""
+    return re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name) is not None
+
+
 def device_name(text: str) -> str:
     """`cpu`, `cuda` or `cuda:N` if `text` has that form, whether or not this machine has it; else `ZooError`."""
-    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
+    if is_here(text):
         return text
     kind, colon, index = text.partition(":")
     best = "cuda" if kind.lower() == "gpu" else nearest(kind, ("cpu", "cuda"))

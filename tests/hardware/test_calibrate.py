@@ -164,7 +164,9 @@ def test_a_space_with_parts_that_were_never_timed_warns_once(exact: Predictor) -
     without = Predictor.from_data(_forgetting(exact.as_data(), "attention."))
     source = PredictedLatency(without)
     with pytest.warns(UserWarning, match="never timed on attention; the roofline answers"):
-        source.latency(load("gpt2"), Context(1, 64, 64))
+        figure = source.latency(load("gpt2"), Context(1, 64, 64))
+    assert figure.low < figure.seconds < figure.high, "the middle is not the end of the interval"
+    assert source.latency(load("gpt2"), Context(1, 64, 64), "forward", 0.9).seconds >= figure.high
     import warnings
 
     with warnings.catch_warnings():

@@ -156,8 +156,8 @@ def _parts(spec: Spec, work: Workload, device: Profile) -> Iterator[Part]:
     from zoo.hardware.roofline import least_seconds
 
     for place in places(spec.fill(), work):
-        for phase, call in {"forward": place.tokens, **({"decode": place.token} if _generates(spec) else {})}.items():
-            for piece in place.component.cost(place.scope, call).operators:
+        for phase in ("forward", "decode") if _generates(spec) else ("forward",):
+            for piece in place.cost(phase == "decode").operators:
                 # The peak is that of matrix products, beside which other arithmetic does not count.
                 operations = (piece.flops or piece.pointwise) * piece.calls
                 seconds = least_seconds([piece], device, work.dtype)

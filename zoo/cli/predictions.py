@@ -45,8 +45,7 @@ def _times(predictor: Predictor, parts: Iterable[Place], phase: Phase) -> list[T
     rows: list[Time] = []
     everything = []
     for place in parts:
-        call = place.token if phase == "decode" else place.tokens
-        operators = place.component.cost(place.scope, call).operators
+        operators = place.cost(phase == "decode").operators
         everything += operators
         rows.append(Time(place.path, phase, *_figures(predictor, operators, phase)))
     return [Time("", phase, *_figures(predictor, everything, phase)), *rows]

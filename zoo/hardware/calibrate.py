@@ -39,7 +39,7 @@ PAIR = 2
 LONGEST = 0.1
 """Seconds of a forward pass, as guessed, beyond which a sample is not timed: longer ones tell no more."""
 GUESS = 1.5
-"""How many times the roofline's seconds a forward pass is taken to last until something was timed."""
+"""How many times the roofline's seconds a forward pass is taken to last."""
 RUNS = 14
 """About how many forward passes timing a sample comes to, decoding included."""
 DRIFT = 0.1

@@ -207,8 +207,7 @@ def _demand(spec: Spec, work: Workload, phase: MeshPhase, weights: str | None) -
     flops = loaded = activations = 0.0
     params = 0
     for place in places(spec, work):
-        call = place.token if decode else place.tokens
-        cost = place.component.cost(place.scope, call)
+        call, cost = place.call(decode), place.cost(decode)
         flops += cost.flops
         activations = max(activations, cost.peak)
         for _, part, scope in place.component.walk(place.scope):

@@ -80,8 +80,7 @@ class Predictor:
         """The seconds of one part of a model; those of all parts add up to the model's."""
 
         def seconds(place: Place) -> float:
-            call = place.token if phase == "decode" else place.tokens
-            known, unknown = self._apart(place.component.cost(place.scope, call).operators, phase)
+            known, unknown = self._apart(place.cost(phase == "decode").operators, phase)
             return self._seconds(features(known, phase), phase) + least_seconds(
                 unknown, self.profile, self.dtype, phase
             )
@@ -206,5 +205,7 @@ class PredictedLatency:
                 f"{len(self.predictor.regressions[phase].errors)} timed models are too few to tell the quantile "
                 f"{quantile}; calibrate with a larger budget"
             )
-        seconds = found.seconds * factor if not found.unknown else max(found.seconds * factor, found.high)
+        seconds = found.seconds * factor
+        if found.unknown and quantile > 0.5:
+            seconds = max(seconds, found.high)
         return LatencyFigure(seconds, found.low, found.high, "predicted", self.predictor.profile.name)

@@ -56,8 +56,7 @@ def roofline(spec: Spec, work: Workload, device: Profile, phase: Phase = "forwar
 
 def _bounded(spec: Spec, work: Workload, device: Profile, phase: Phase) -> Iterator[Bounded]:
     for place in places(spec.fill(), work):
-        call = place.token if phase == "decode" else place.tokens
-        yield bounded(place.path, place.component.cost(place.scope, call).operators, device, work.dtype, phase)
+        yield bounded(place.path, place.cost(phase == "decode").operators, device, work.dtype, phase)
 
 
 def bounded(path: str, operators: Iterable[Operator], device: Profile, dtype: str, phase: Phase) -> Bounded:
@@ -88,8 +87,7 @@ def estimator(device: Profile, dtype: str, phase: Phase = "forward") -> Callable
     """The bound of one part of a model; those of all parts add up to the model's."""
 
     def seconds(place: Place) -> float:
-        call = place.token if phase == "decode" else place.tokens
-        return least_seconds(place.component.cost(place.scope, call).operators, device, dtype, phase)
+        return least_seconds(place.cost(phase == "decode").operators, device, dtype, phase)
 
     return seconds
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoo.accounting import Workload, places
-from zoo.errors import SpecError
+from zoo.errors import SpecError, ZooError
 from zoo.hardware.features import Phase, features
 from zoo.spec.construct import construct
 from zoo.spec.document import read_text_as
@@ -71,7 +71,7 @@ def operators_of(spec: Spec, work: Workload, phase: Phase) -> tuple[Operator, ..
     work = work.at(spec.context)
     found: list[Operator] = []
     for place in places(spec.fill(), work):
-        found += place.component.cost(place.scope, place.token if phase == "decode" else place.tokens).operators
+        found += place.cost(phase == "decode").operators
     return tuple(found)
 
 
@@ -94,7 +94,7 @@ def drawn(rng: random.Random, dtype: str = "float32", typical: bool = False) -> 
             except SpecError:
                 continue
         else:
-            raise SpecError([])
+            raise ZooError(f"no valid model in {TRIES} draws from {template.source.mark or 'a calibration space'}")
         tokens = rng.choice(LENGTHS) if spec.root().causal else spec.context
         yield Sample(spec, rng.choice(BATCHES), min(tokens, spec.context), typical, dtype)
 

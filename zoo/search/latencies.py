@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo.device import resolve_device
+from zoo.device import is_here, resolve_device
 from zoo.errors import ZooError, did_you_mean
 from zoo.hardware.predictor import PredictedLatency
 from zoo.hardware.profile import load_profile, profile_names
@@ -37,11 +36,6 @@ def check_latency(name: str) -> None:
     """Raises `ZooError` with the nearest name unless `LATENCIES` has it."""
     if name not in LATENCIES:
         raise ZooError(f"unknown latency {name!r}{did_you_mean(name, LATENCIES)}")
-
-
-def is_here(device: str) -> bool:
-    """Whether a device is one of this machine."""
-    return re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None
 
 
 class Measured:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.device import is_here
 from zoo.errors import InfeasibleError, SpecError, ZooError
 from zoo.latency import LatencySource
 from zoo.search.architecture import architecture
@@ -24,7 +25,7 @@ from zoo.search.budget import Budget, Term, latency_device
 from zoo.search.evaluate import Evaluation, EvaluationError, Evaluator, TrainEvaluator
 from zoo.search.finalists import FILE as FINALISTS
 from zoo.search.finalists import Finalist, chosen, finalists_text, load_finalists, measure_finalist, pending
-from zoo.search.latencies import Latencies, Latency, Measured, Origin, check_latency, is_here, origin
+from zoo.search.latencies import Latencies, Latency, Measured, Origin, check_latency, origin
 from zoo.search.measure import Fitted, Meter, label, resolved
 from zoo.search.objective import Objective, parse_objectives
 from zoo.search.repair import Repair

@@ -260,7 +260,7 @@ def _item(
     work = Workload(request.batch, 1 if decoding else tokens, tokens if decoding else 0, dtype)
     counted = figures(total(spec, work), work)
     if decoding:
-        token_peak = max(place.component.cost(place.scope, place.token).peak for place in places(spec, work))
+        token_peak = max(place.cost(decoding=True).peak for place in places(spec, work))
         flops, memory = counted["decode_flops"], counted["weights"] + counted["state"] + token_peak
     elif phase == "prefill":
         flops, memory = counted["flops"], counted["weights"] + counted["activations"]
