@@ -352,8 +352,7 @@ def test_a_chunk_longer_than_the_sequence(subject: Subject, implementation: str)
 @implementations("recurrence", "delta_rule")
 def test_decays_that_forget_everything(subject: Subject, implementation: str) -> None:
     inputs = subject.drawn()
-    # Not 0, where PyTorch's versions differ on the gradient of a bound: 1 before torch 2.14, 0 since.
-    of_heads, of_tokens = torch.tensor([-torch.inf, -1e30, -1e-3, -0.5]), inputs["log_decay"].clone()
+    of_heads, of_tokens = torch.tensor([-torch.inf, -1e30, 0.0, -0.5]), inputs["log_decay"].clone()
     of_tokens[:, ::3], of_tokens[:, 1::3], of_tokens[0, :4] = -torch.inf, -1e30, -torch.inf
     for decay in (of_heads, of_tokens):
         assert_right(subject, {**inputs, "log_decay": decay}, implementation)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
+from zoo.kernels.decay import at_most_one
 from zoo.kernels.segments import starts
 
 
@@ -31,7 +32,7 @@ def delta_rule(
     S = v.new_zeros(batch, heads, key_dim, value_dim) if state is None else state.to(dtype)
     decay = v.new_ones(batch, tokens, heads)
     if log_decay is not None:
-        decay = decay * log_decay.to(dtype).clamp(max=0).exp()
+        decay = decay * at_most_one(log_decay.to(dtype)).exp()
     if segments is not None:
         decay = decay.masked_fill(starts(segments)[..., None], 0)
 

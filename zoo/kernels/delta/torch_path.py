@@ -8,13 +8,12 @@ are computed chunk after chunk.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
+from zoo.kernels.decay import bounded, highest, lowest
 from zoo.kernels.segments import runs
 
 # Elements of the largest tensor between two products, kept near the size of a core's second-level cache.
@@ -41,7 +40,7 @@ def delta_rule(
     if scale is not None:
         q = q * scale
     if log_decay is not None:
-        log_decay = log_decay.to(dtype).clamp(_least_exponent(dtype), 0)
+        log_decay = bounded(log_decay.to(dtype))
     if state is None:
         state = v.new_zeros(batch, heads, key_dim, value_dim)
     state = state.to(dtype)
@@ -53,15 +52,6 @@ def delta_rule(
     else:
         out, state = _in_spans(q, k, v, beta, log_decay, state, segments, steps, min(max(1, chunk // steps), tokens))
     return out.to(out_dtype), state
-
-
-def _least_exponent(dtype: torch.dtype) -> float:
-    """The logarithm of the least normal number: what has decayed below it is taken to have that weight.
-
-    It keeps sums of logarithms finite, so that differences of them are never inf - inf, and keeps the exponential off
-    the numbers below the normal ones, where it is ten times slower.
-    """
-    return math.log(torch.finfo(dtype).tiny)
 
 
 def _step(
@@ -167,7 +157,7 @@ def _chunked(
         total = log_decay.view(batch, chunks, chunk, groups, per_group).cumsum(2, dtype=wide).permute(1, 0, 3, 4, 2)
         total = total.repeat_interleave(steps, -1) if steps > 1 else total.contiguous()
         # Above the diagonal the exponential would overflow.
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(q.dtype).clamp_(_least_exponent(q.dtype), 0).exp_()
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(q.dtype).clamp_(lowest(q.dtype), highest(q.dtype)).exp_()
         system, scores = system * decay, scores * decay[..., ::steps, :]
         from_start, to_end = (x.to(q.dtype).exp().unsqueeze(-1) for x in (total, total[..., -1:] - total))
         whole = from_start[..., -1:, :]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
+from zoo.kernels.decay import at_most_one
 from zoo.kernels.segments import starts
 
 
@@ -28,7 +29,7 @@ def recurrence(
     # [batch, tokens, heads, key_dim or 1]
     decay = v.new_ones(batch, tokens, heads, 1, dtype=dtype)
     if log_decay is not None:
-        factor = log_decay.to(dtype).clamp(max=0).exp()
+        factor = at_most_one(log_decay.to(dtype)).exp()
         by_channel = factor.dim() == 4
         decay = decay * (factor.repeat_interleave(heads // factor.shape[2], 2) if by_channel else factor[..., None])
     if segments is not None:

@@ -8,7 +8,6 @@ device, keep the decays of pairs together, which can not overflow.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.checks import at_least_float32
+from zoo.kernels.decay import at_most_one, bounded, highest, lowest
 from zoo.kernels.segments import runs, starts
 
 MILD = 60.0
@@ -55,26 +55,13 @@ def recurrence(
     return out.to(out_dtype), state
 
 
-def _least_exponent(dtype: torch.dtype) -> float:
-    """The logarithm of the least normal number: what has decayed below it is taken to have that weight.
-
-    It keeps sums of logarithms finite, so that differences of them are never inf - inf, and keeps the exponential off
-    the numbers below the normal ones, where it is ten times slower.
-    """
-    return math.log(torch.finfo(dtype).tiny)
-
-
-def _clamped(log_decay: Tensor) -> Tensor:
-    return log_decay.clamp(_least_exponent(log_decay.dtype), 0)
-
-
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     batch, _, groups, key_dim = q.shape
     heads, value_dim = v.shape[2:]
     # [batch, groups, heads of the group, key_dim, value_dim]
     S = state.view(batch, groups, -1, key_dim, value_dim)
     if log_decay is not None:
-        factor = _clamped(log_decay).exp()
+        factor = bounded(log_decay).exp()
         by_channel = (batch, groups, 1, key_dim, 1)
         S = S * factor.view((-1, groups, heads // groups, 1, 1) if log_decay.dim() == 3 else by_channel)
     S = torch.addcmul(S, k.view(batch, groups, 1, key_dim, 1), v.view(batch, groups, -1, 1, value_dim))
@@ -110,7 +97,7 @@ def _in_chunks(
 
     def together(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
         state, run, begins, before = rest
-        q, log_decay = q * scale, None if log_decay is None else _clamped(log_decay)
+        q, log_decay = q * scale, None if log_decay is None else bounded(log_decay)
         if log_decay is not None and by_channel:
             return _by_channel(q, k, v, log_decay, state, begins, chunk)
         return _chunked(q, k, v, log_decay, state, run, before, chunk)
@@ -131,9 +118,9 @@ def _in_chunks(
     for index, (begin_within, q_, k_, v_, decay, run_, begins_) in enumerate(zip(within, *pieces, strict=True)):
         total = None if decay is None else _sums(decay, earlier)
         # No number where a decay of a channel is minus infinity, which is not mild either.
-        lowest = 0.0 if total is None else total.detach()[:, -1].amin().item()
-        if not begin_within and lowest >= -2 * MILD:
-            out, state = _mild_chunk(q_, k_, v_, total, state, scale, centred=lowest < -MILD)
+        least = 0.0 if total is None else total.detach()[:, -1].amin().item()
+        if not begin_within and least >= -2 * MILD:
+            out, state = _mild_chunk(q_, k_, v_, total, state, scale, centred=least < -MILD)
         else:
             out, state = together(q_, k_, v_, decay, state, run_, begins_, before)
             out = out.view(batch, chunk, groups, -1, value_dim)
@@ -149,7 +136,7 @@ def _in_chunks(
 def _sums(log_decay: Tensor, earlier: Tensor) -> Tensor:
     """Sums of the logarithms of the decays up to each token of a chunk; `earlier` is a lower triangle of ones."""
     if log_decay.detach().amax() > 0:
-        log_decay = log_decay.clamp(max=0)
+        log_decay = at_most_one(log_decay)
     if log_decay.dim() == 3:
         return log_decay.cumsum(1)
     # Sums over tokens are slow where channels are many.
@@ -292,7 +279,7 @@ def _chunked(
         log_decay = log_decay.reshape(-1, chunks, chunk, groups, per_group)
         total = log_decay.cumsum(2).permute(0, 1, 3, 4, 2)
         # Above the diagonal, where scores are zero, the exponential would overflow.
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(_least_exponent(q.dtype), 0).exp_()
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).clamp_(lowest(q.dtype), highest(q.dtype)).exp_()
         within = ((scores.unsqueeze(3) * decay) @ v.transpose(3, 4)).transpose(3, 4)
         decay_from_start = total.exp().transpose(3, 4).unsqueeze(-1)
         decay_to_end = (total[..., -1:] - total).exp().transpose(3, 4).unsqueeze(-1)

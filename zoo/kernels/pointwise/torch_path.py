@@ -126,7 +126,8 @@ class _Gated(torch.autograd.Function):
 
 def _scaled(activated: Tensor, factor: Tensor, kind: str) -> Tensor:
     """`activated * factor`, in place where `activated` is a tensor of its own and wide enough."""
-    own = kind != "linear" and activated.dtype == factor.dtype
+    # Compiled by torch 2.11, a product in place at the end of a function loses its gradients.
+    own = kind != "linear" and activated.dtype == factor.dtype and not torch.compiler.is_compiling()
     return activated.mul_(factor) if own else activated * factor
 
 
