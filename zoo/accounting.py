@@ -6,13 +6,14 @@ A `Tally` holds what adds up over the parts of a model. A search adds the tallie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
-from zoo.cost import STREAMS, Call, Cost
+from zoo.cost import STREAMS, Call, Cost, Operator
 from zoo.errors import ZooError, did_you_mean
 from zoo.registry import Role
 
@@ -132,6 +133,14 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
     )
 
 
+class Piece(NamedTuple):
+    """What one component does by itself: the path of its module, its type, the operators of none inside it."""
+
+    path: str
+    type: str
+    operators: tuple[Operator, ...]
+
+
 class Place(NamedTuple):
     """A part of a filled spec: its module path, its scope, and its calls in a forward pass and in decoding."""
 
@@ -148,6 +157,14 @@ class Place(NamedTuple):
     def cost(self, decoding: bool = False) -> Cost:
         """What its call takes in a forward pass or in decoding."""
         return self.component.cost(self.scope, self.call(decoding))
+
+    def pieces(self, decoding: bool = False) -> tuple[Piece, ...]:
+        """Its component and those inside it, whose operators together are those of its cost.
+
+        A component whose cost is not that of what is inside it and more, as where its children get another call than
+        itself, is one piece with all of them.
+        """
+        return tuple(_pieces(self.path, self.component, self.scope, self.call(decoding)))
 
     def tally(self, work: Workload) -> Tally:
         return tally(self.component, self.scope, work, self.tokens, self.token)
@@ -170,6 +187,17 @@ def _places(child: Child, path: str, start: Scope, tokens: Call, token: Call) ->
         return
     for name, inside in component.children(scope).items():
         yield from _places(inside, f"{path}.{name}" if path else name, start, tokens, token)
+
+
+def _pieces(path: str, component: Component, scope: Scope, call: Call) -> Iterator[Piece]:
+    own = Counter(component.cost(scope, call).operators)
+    children = component.children(scope)
+    inside = Counter(piece for child, place in children.values() for piece in child.cost(place, call).operators)
+    apart = inside <= own
+    yield Piece(path, component.type, tuple((own - inside if apart else own).elements()))
+    if apart:
+        for name, (child, place) in children.items():
+            yield from _pieces(f"{path}.{name}", child, place, call)
 
 
 def parts(spec: Spec, work: Workload) -> Iterator[tuple[str, Component, Tally]]:

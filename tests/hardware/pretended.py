@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zoo.device import Device
-from zoo.hardware.features import Phase, features
+from zoo.hardware.features import by_piece, features
 from zoo.hardware.profile import Profile
 from zoo.hardware.samples import Sample
+from zoo.hardware.stopwatch import Reading, Readings
 
-TERMS = {"calls": 5e-6, "flops": 1e-11, "traffic": 1e-10}
+TERMS = {"calls": 5e-6, "flops": 1e-11, "inputs": 1e-10, "weights": 1e-10, "outputs": 1e-10, "modules": 1e-6}
 """Seconds for each unit of work, whatever its kind."""
 
 DEVICE = Device("cpu", "cpu", "pretended", 1, 1, None, "0", "3")
@@ -34,7 +35,10 @@ def true_seconds(counts: Mapping[str, float]) -> float:
 
 @dataclass
 class PretendedStopwatch:
-    """Times samples by `true_seconds`, give or take `noise`; its sentinel takes what `sentinels` say in turn."""
+    """Times samples by `true_seconds`, give or take `noise`; its sentinel takes what `sentinels` say in turn.
+
+    Modules are as wrong as the sample that they stand in.
+    """
 
     noise: float = 0.0
     sentinels: Sequence[float] = (1e-3,)
@@ -43,17 +47,22 @@ class PretendedStopwatch:
     now: float = 0.0
     asked: list[str] = field(default_factory=list)
 
-    def seconds(self, samples: Sequence[Sample]) -> tuple[list[dict[Phase, float]], float]:
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
         sentinel = self.sentinels[min(len(self.asked), len(self.sentinels) - 1)]
-        found: list[dict[Phase, float]] = []
+        found: list[Readings] = []
         for sample in samples:
             rng = random.Random(sample.key)
             self.asked.append(sample.key)
-            times: dict[Phase, float] = {}
+            readings: Readings = {}
             for phase in sample.phases:
-                factor = 1 + rng.uniform(-self.noise, self.noise)
-                times[phase] = self.sign * factor * true_seconds(features(sample.operators(phase), phase))
-            found.append(times)
+                factor = self.sign * (1 + rng.uniform(-self.noise, self.noise))
+                parts = sample.parts(phase)
+                modules = {path: counts for part in parts for path, counts in by_piece(part, phase)}
+                readings[phase] = Reading(
+                    factor * true_seconds(features(parts, phase)),
+                    {path: factor * true_seconds(counts) for path, counts in modules.items()},
+                )
+            found.append(readings)
         self.now += len(samples)
         return found, sentinel
 

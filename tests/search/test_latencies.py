@@ -19,7 +19,7 @@ from zoo.hardware.predictor import PredictedLatency, Predictor
 from zoo.hardware.profile import load_profile
 from zoo.hardware.regression import Regression
 from zoo.hardware.roofline import roofline
-from zoo.hardware.samples import operators_of
+from zoo.hardware.samples import parts_of
 from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, latency_device
 from zoo.search.finalists import FILE, load_finalists
@@ -33,7 +33,8 @@ BUDGET = "latency<=2.2ms@cpu{seq=64,quantile=0.9}"
 def predictor(date: str = "2026-11-26", errors: float = 0.1) -> Predictor:
     """A nanosecond for each floating-point operation of every kind of operator in the small space."""
     specs = [fakes.tiny().spec_at(point) for point in fakes.tiny().homogeneous().values()]
-    kinds = sorted({piece.kind for spec in specs for piece in operators_of(spec, Workload(1, 64), "forward")})
+    pieces = [piece for spec in specs for part in parts_of(spec, Workload(1, 64), "forward") for piece in part]
+    kinds = sorted({operator.kind for piece in pieces for operator in piece.operators})
     names = tuple(f"{kind}.flops" for kind in kinds)
     found = Regression(names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-errors, errors, 41))
     return Predictor(load_profile("h100"), "0123456789ab", "float32", {"forward": found}, {"date": date})

@@ -139,7 +139,8 @@ def _drawn_from(name: str, dtype: str) -> Iterator[Any]:
         except SpecError:
             continue
         lengths = [length for length in LENGTHS if length <= spec.context] if spec.root().causal else []
-        yield Sample(spec, rng.choice(BATCHES), rng.choice(lengths or [spec.context]), True, dtype)
+        tokens, past = rng.choices(lengths or [spec.context], k=2)
+        yield Sample(spec, rng.choice(BATCHES), tokens, min(past, spec.context - 1), True, dtype)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from zoo.quantity import format_quantity
 if TYPE_CHECKING:
     from zoo.accounting import Place, Workload
     from zoo.blocks.model import Spec
-    from zoo.hardware.features import Phase
+    from zoo.hardware.features import Part, Phase
     from zoo.hardware.predictor import Predictor
 
 
@@ -45,14 +45,14 @@ def _times(predictor: Predictor, parts: Iterable[Place], phase: Phase) -> list[T
     rows: list[Time] = []
     everything = []
     for place in parts:
-        operators = place.cost(phase == "decode").operators
-        everything += operators
-        rows.append(Time(place.path, phase, *_figures(predictor, operators, phase)))
+        pieces = place.pieces(phase == "decode")
+        everything.append(pieces)
+        rows.append(Time(place.path, phase, *_figures(predictor, [pieces], phase)))
     return [Time("", phase, *_figures(predictor, everything, phase)), *rows]
 
 
-def _figures(predictor: Predictor, operators: Any, phase: Phase) -> tuple[float, float, float, str, tuple[str, ...]]:
-    found = predictor.predict(operators, phase)
+def _figures(predictor: Predictor, parts: list[Part], phase: Phase) -> tuple[float, float, float, str, tuple[str, ...]]:
+    found = predictor.predict(parts, phase)
     source = "predicted" if not found.unknown else "predicted, in part by the roofline"
     return found.seconds, found.low, found.high, source, found.unknown
 

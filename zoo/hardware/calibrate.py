@@ -11,7 +11,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoo.errors import ZooError
-from zoo.hardware.features import PHASES, Phase, features
+from zoo.hardware.features import PHASES, Part, Phase, by_piece, features, summed
 from zoo.hardware.predictor import Predictor
 from zoo.hardware.profile import Profile
-from zoo.hardware.regression import Regression, fit
+from zoo.hardware.regression import Floats, Regression, Wholes, fit
 from zoo.hardware.roofline import least_seconds
 from zoo.hardware.samples import Sample, chosen, drawn, take
 from zoo.latency import Clock
 
 if TYPE_CHECKING:
-    from zoo.hardware.stopwatch import Stopwatch
+    from zoo.hardware.stopwatch import Readings, Stopwatch
 
 POOL = 600
 """Samples that the informative half is chosen from."""
@@ -62,14 +62,18 @@ class Step:
     deviation: float
 
 
+Row = tuple[Mapping[str, float], float]
+"""Features, and the seconds that they took."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What is kept of a sample: features and seconds by phase, and whether the machine was disturbed meanwhile."""
+    """What is kept of a sample: by phase itself and its modules, and whether the machine was disturbed meanwhile."""
 
     key: str
     typical: bool
-    features: Mapping[Phase, Mapping[str, float]]
-    seconds: Mapping[Phase, float]
+    whole: Mapping[Phase, Row]
+    modules: Mapping[Phase, Sequence[Row]]
     sentinel: float
     disturbed: bool
 
@@ -151,21 +155,56 @@ def calibrate(
         if not disturbed:
             sentinels += [sentinel] * len(group)
         kept.add(
-            [
-                Timed(
-                    sample.key,
-                    sample.typical,
-                    {phase: features(sample.operators(phase), phase) for phase in times},
-                    times,
-                    sentinel,
-                    disturbed,
-                )
-                for sample, times in zip(group, found, strict=True)
-            ],
+            [_timed(sample, readings, sentinel, disturbed) for sample, readings in zip(group, found, strict=True)],
             max(clock() - start, 1e-9),
         )
         tell(Step(len(kept.timed), kept.spent, seconds, _deviation(sentinel, sentinels)))
     return fitted(kept.timed, profile, stopwatch.device.id, dtype, prior)
+
+
+def _timed(sample: Sample, readings: Readings, sentinel: float, disturbed: bool) -> Timed:
+    parts = {phase: sample.parts(phase) for phase in readings}
+    return Timed(
+        sample.key,
+        sample.typical,
+        {phase: (features(parts[phase], phase), reading.seconds) for phase, reading in readings.items()},
+        {phase: rows(parts[phase], phase, reading.modules) for phase, reading in readings.items()},
+        sentinel,
+        disturbed,
+    )
+
+
+def rows(parts: Iterable[Part], phase: Phase, seconds: Mapping[str, float]) -> list[Row]:
+    """What the pieces of a model's parts do and what their modules took, without the modules inside them.
+
+    Pieces whose modules were not called count to the nearest that was called and that they stand in, and modules within
+    a piece to that. Pieces that do the same are one row.
+    """
+    work: dict[str, dict[str, float]] = {}
+    took: dict[str, float] = {}
+    pieces = {path: counts for part in parts for path, counts in by_piece(part, phase)}
+    both = pieces.keys() & seconds.keys()
+    for path, counts in pieces.items():
+        owner = _within(path, both)
+        work[owner] = summed([work.get(owner, {}), counts])
+    for path, second in seconds.items():
+        owner = _within(path, both)
+        took[owner] = took.get(owner, 0.0) + second
+    alike: dict[frozenset[tuple[str, float]], list[str]] = {}
+    for owner in both:
+        alike.setdefault(frozenset(work[owner].items()), []).append(owner)
+    return [
+        ({name: amount * len(owners) for name, amount in key}, sum(took[owner] for owner in owners))
+        for key, owners in alike.items()
+    ]
+
+
+def _within(path: str, paths: Collection[str]) -> str:
+    """The nearest of the paths that a path is or lies below; the path itself where there is none."""
+    above = path
+    while above and above not in paths:
+        above = above.rpartition(".")[0]
+    return above or path
 
 
 def _groups(
@@ -174,7 +213,8 @@ def _groups(
     """What is timed together: informative samples while there are any, and typical ones."""
 
     def guess(sample: Sample) -> float:
-        return GUESS * least_seconds(sample.operators("forward"), profile, dtype)
+        operators = [operator for part in sample.parts("forward") for piece in part for operator in piece.operators]
+        return GUESS * least_seconds(operators, profile, dtype)
 
     informative = iter(
         chosen(
@@ -191,12 +231,12 @@ def _groups(
 
 def _undisturbed(
     stopwatch: Stopwatch, group: list[Sample], sentinels: list[float]
-) -> tuple[list[dict[Phase, float]], float, bool]:
+) -> tuple[list[Readings], float, bool]:
     """The group's times, taken again while the sentinel says that the machine is not as it was."""
     attempts = []
     for _ in range(TRIES):
-        found, sentinel = stopwatch.seconds(group)
-        wrong = [second for times in found for second in times.values() if not second > 0]
+        found, sentinel = stopwatch.read(group)
+        wrong = [reading.seconds for readings in found for reading in readings.values() if not reading.seconds > 0]
         if wrong or not sentinel > 0:
             raise ZooError(f"the clock of {stopwatch.device} went wrong: a run took {min([*wrong, sentinel])} s")
         attempts.append((_deviation(sentinel, sentinels), found, sentinel))
@@ -222,9 +262,9 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
         )
     regressions: dict[Phase, Regression] = {}
     for phase in PHASES:
-        rows = [item for item in good if phase in item.seconds]
-        if len(rows) >= FEWEST:
-            regressions[phase] = _regression(rows, phase, prior)
+        mine = [item for item in good if phase in item.whole]
+        if len(mine) >= FEWEST:
+            regressions[phase] = _regression(mine, phase, prior)
     if not regressions:
         raise ZooError(f"{len(good)} samples are too few for a calibration, which needs {FEWEST}; give it more time")
     made = {
@@ -235,11 +275,26 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
     return Predictor(profile, device, dtype, regressions, made)
 
 
-def _regression(rows: list[Timed], phase: Phase, prior: Predictor | None) -> Regression:
+def _regression(timed: list[Timed], phase: Phase, prior: Predictor | None) -> Regression:
     before = None if prior is None else prior.regressions.get(phase)
-    names = sorted({name for row in rows for name in row.features[phase]} | set(before.names if before else ()))
-    matrix = np.array([[row.features[phase].get(name, 0.0) for name in names] for row in rows])
-    seconds = np.array([row.seconds[phase] for row in rows])
-    found = fit(matrix, seconds, names, prior=None if before is None else before.widened(names))
-    typical = np.array([row.typical for row in rows])
+    wholes = [item.whole[phase] for item in timed]
+    # A module so fast that the clock stood still tells nothing.
+    parts = [(index, row) for index, item in enumerate(timed) for row in item.modules[phase] if row[1] > 0]
+    names = sorted({name for counts, _ in wholes for name in counts} | set(before.names if before else ()))
+    found = fit(
+        _matrix([counts for _, (counts, _) in parts], names),
+        [seconds for _, (_, seconds) in parts],
+        names,
+        prior=None if before is None else before.widened(names),
+        wholes=Wholes(
+            np.array([index for index, _ in parts]),
+            _matrix([counts for counts, _ in wholes], names),
+            np.array([seconds for _, seconds in wholes]),
+        ),
+    )
+    typical = np.array([item.typical for item in timed])
     return found.judged(typical) if typical.sum() >= FEWEST else found
+
+
+def _matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> Floats:
+    return np.array([[counts.get(name, 0.0) for name in names] for counts in rows])

@@ -1,46 +1,73 @@
 """What a predictor knows of a call: for each kind of operator, how much of everything that takes time there is.
 
 A kind has its own terms, so that a predictor learns what a FLOP of attention and what a FLOP of a projection cost on a
-device. All are counts, which add up over operators, layers and models.
+device; so has a type of component, whose Python code takes time too. All are counts, which add up over pieces, parts
+and models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
+from zoo.accounting import Piece
 from zoo.cost import Operator
 
 Phase = Literal["forward", "decode", "train"]
 PHASES: tuple[Phase, ...] = ("forward", "decode", "train")
 
+Part = Sequence[Piece]
+"""The pieces of one part of a model, see `zoo.accounting.Place`."""
+
 LARGE = 1 << 20
-"""Bytes of a result from which on the caches of a core do not keep it."""
-HUGE = 1 << 25
-"""Bytes of a result from which on allocators ask the system for new pages each time (glibc's highest threshold)."""
+"""Bytes of an operand from which on the caches of a core do not keep it until it is read."""
+CACHE = 1 << 21
+"""Bytes that a part may move for half of what it needs to be in a cache yet when it is called again."""
 
 
-def features(operators: Iterable[Operator], phase: Phase = "forward") -> dict[str, float]:
-    r"""Counts by name, `KIND.TERM`; those that are zero are left out.
+def features(parts: Iterable[Part], phase: Phase = "forward") -> dict[str, float]:
+    """Counts by name, `KIND.TERM` of operators and `TYPE.modules` of components; those that are zero are left out.
 
-    calls: starts. flops: of matrix products, with the backward ones in training. pointwise: other operations. traffic:
-    bytes moved; weights: bytes of parameters among them. large, huge: bytes of results that do not stay in a cache, and
-    that need new memory. steps: parts that wait for each other.
+    calls: starts. flops: of matrix products, with the backward ones in training. pointwise: other operations. inputs,
+    weights, outputs: bytes read and made. large_inputs, large_outputs: bytes of those that do not stay in a cache.
+    steps: parts that wait for each other. cold_calls, cold_weights: calls and weights times the share that a part
+    which moves `b` bytes finds outside of a cache, `b / (b + CACHE)`.
     """
+    return summed(counts for part in parts for _, counts in by_piece(part, phase))
+
+
+def by_piece(part: Part, phase: Phase = "forward") -> Iterator[tuple[str, dict[str, float]]]:
+    """The path and the counts of each piece of a part."""
+    moved = sum(operator.traffic * operator.calls for piece in part for operator in piece.operators)
+    cold = moved / (moved + CACHE)
+    for piece in part:
+        found = summed(_of_operator(operator, phase, cold) for operator in piece.operators)
+        yield piece.path, found | {f"{piece.type}.modules": 1.0}
+
+
+def summed(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of counts by name."""
     found: dict[str, float] = {}
-    for piece in operators:
-        terms = (
-            ("calls", 1.0),
-            ("flops", piece.flops + piece.backward if phase == "train" else piece.flops),
-            ("pointwise", piece.pointwise),
-            ("traffic", piece.traffic),
-            ("weights", piece.weights),
-            ("large", piece.output if piece.output >= LARGE else 0.0),
-            ("huge", piece.output if piece.output >= HUGE else 0.0),
-            ("steps", piece.steps),
-        )
-        for term, amount in terms:
-            if amount:
-                name = f"{piece.kind}.{term}"
-                found[name] = found.get(name, 0.0) + amount * piece.calls
+    for one in counts:
+        for name, amount in one.items():
+            found[name] = found.get(name, 0.0) + amount
     return found
+
+
+def _of_operator(operator: Operator, phase: Phase, cold: float) -> dict[str, float]:
+    weights, outputs = operator.weights, operator.output
+    inputs = max(0.0, operator.traffic - weights - outputs)
+    terms = {
+        "calls": 1.0,
+        "flops": operator.flops + operator.backward if phase == "train" else operator.flops,
+        "pointwise": operator.pointwise,
+        "inputs": inputs,
+        "weights": weights,
+        "outputs": outputs,
+        "large_inputs": inputs if inputs >= LARGE else 0.0,
+        "large_outputs": outputs if outputs >= LARGE else 0.0,
+        "steps": operator.steps,
+        "cold_calls": cold,
+        "cold_weights": weights * cold,
+    }
+    return {f"{operator.kind}.{term}": amount * operator.calls for term, amount in terms.items() if amount}

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from zoo.accounting import ALIASES, Place, Workload
+from zoo.accounting import ALIASES, Piece, Place, Workload
 from zoo.errors import ZooError
-from zoo.hardware.features import PHASES, Phase, features
+from zoo.hardware.features import PHASES, Part, Phase, features
 from zoo.hardware.profile import Profile, parse_profile
 from zoo.hardware.regression import Regression
 from zoo.hardware.roofline import least_seconds
-from zoo.hardware.samples import operators_of
+from zoo.hardware.samples import parts_of
 from zoo.latency import Context, LatencyFigure
 from zoo.latency import Phase as TimedPhase
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zoo.blocks.model import Spec
     from zoo.cost import Operator
 
-FORMAT = 1
+FORMAT = 2
 """The version of the file."""
 COVERAGE = 0.9
 UNKNOWN_HIGH = 4.0
@@ -59,9 +59,9 @@ class Predictor:
     regressions: Mapping[Phase, Regression]
     made: Mapping[str, str] = field(default_factory=dict)
 
-    def predict(self, operators: Iterable[Operator], phase: Phase = "forward") -> Prediction:
-        """What a call takes, from the operators of all its parts. O(operators)."""
-        known, unknown = self._apart(operators, phase)
+    def predict(self, parts: Iterable[Part], phase: Phase = "forward") -> Prediction:
+        """What a call takes, from the pieces of all its parts. O(operators)."""
+        known, unknown = self._apart(parts, phase)
         seconds = self._seconds(features(known, phase), phase)
         floor = least_seconds(unknown, self.profile, self.dtype, phase)
         low, high = self.interval(phase)
@@ -80,10 +80,7 @@ class Predictor:
         """The seconds of one part of a model; those of all parts add up to the model's."""
 
         def seconds(place: Place) -> float:
-            known, unknown = self._apart(place.cost(phase == "decode").operators, phase)
-            return self._seconds(features(known, phase), phase) + least_seconds(
-                unknown, self.profile, self.dtype, phase
-            )
+            return self.predict([place.pieces(phase == "decode")], phase).seconds
 
         return seconds
 
@@ -101,13 +98,16 @@ class Predictor:
         costs = self._costs[phase]
         return sum(costs.get(name, 0.0) * amount for name, amount in counts.items())
 
-    def _apart(self, operators: Iterable[Operator], phase: Phase) -> tuple[list[Operator], list[Operator]]:
+    def _apart(self, parts: Iterable[Part], phase: Phase) -> tuple[list[Part], list[Operator]]:
+        """The parts with the operators of known kinds alone, and those of others."""
         self._regression(phase)
         seen = self._kinds[phase]
-        known: list[Operator] = []
+        known: list[Part] = []
         unknown: list[Operator] = []
-        for piece in operators:
-            (known if piece.kind in seen else unknown).append(piece)
+        for part in parts:
+            strange = [operator for piece in part for operator in piece.operators if operator.kind not in seen]
+            unknown += strange
+            known.append([_without(piece, seen) for piece in part] if strange else part)
         return known, unknown
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class Predictor:
             for phase, found in self.regressions.items()
         }
         object.__setattr__(self, "_costs", costs)
-        object.__setattr__(self, "_kinds", {p: {name.partition(".")[0] for name in c} for p, c in costs.items()})
+        object.__setattr__(self, "_kinds", {phase: _kinds(found.names) for phase, found in self.regressions.items()})
 
     _costs: Mapping[Phase, Mapping[str, float]] = field(init=False, repr=False, compare=False)
     _kinds: Mapping[Phase, set[str]] = field(init=False, repr=False, compare=False)
@@ -163,6 +163,16 @@ class Predictor:
         return path
 
 
+def _kinds(names: Iterable[str]) -> set[str]:
+    """The kinds of operators that features are of."""
+    terms = (name.rpartition(".") for name in names)
+    return {kind for kind, _, term in terms if term != "modules"}
+
+
+def _without(piece: Piece, seen: set[str]) -> Piece:
+    return piece._replace(operators=tuple(operator for operator in piece.operators if operator.kind in seen))
+
+
 def load_predictor(path: Path) -> Predictor:
     """The predictor of a file."""
     try:
@@ -190,7 +200,7 @@ class PredictedLatency:
                 f"`zoo device calibrate --dtype {context.dtype}` does that"
             )
         work = Workload(context.batch, context.seq, context.past, context.dtype)
-        found = self.predictor.predict(operators_of(spec, work, phase), phase)
+        found = self.predictor.predict(parts_of(spec, work, phase), phase)
         fresh = set(found.unknown) - self._warned
         if fresh:
             self._warned |= fresh

@@ -7,7 +7,7 @@ is a cost per unit, and cannot be negative. Few measurements are enough, fewer s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -23,6 +23,8 @@ HUBER = 1.345
 """Residuals beyond so many standard deviations count by their size in place of its square (Huber 1964)."""
 ROUNDS = 6
 """Rounds of reweighting; weights hardly move after the fourth."""
+FOLDS = 20
+"""Into how many groups wholes are divided, each predicted from the parts of all others."""
 SHRINKAGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of a prior that leave-one-out error chooses from."""
 LEAST_NOISE = 1e-4
@@ -34,7 +36,8 @@ class Regression:
     """`seconds = sum_j coefficients_j features_j`, what is known of its errors, and how sure the coefficients are.
 
     names: of the features. covariance: of the coefficients, `[features, features]`, as far as those above zero vary;
-    errors: relative errors of each measurement as predicted without it. shrinkage: the strength of the prior.
+    errors: relative errors of each measurement, or each whole of parts, as predicted without it. shrinkage: the
+    strength of the prior.
     """
 
     names: tuple[str, ...]
@@ -116,14 +119,39 @@ class Regression:
         return found
 
 
+@dataclass(frozen=True)
+class Wholes:
+    """What the rows of a fit are parts of, timed by themselves: models, where the rows are their modules.
+
+    of: for each row the whole that it belongs to. features, seconds: of each whole, as `[wholes, features]`.
+    """
+
+    of: NDArray[np.intp]
+    features: Floats
+    seconds: Floats
+
+    def folds(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
+        """The rows of all wholes but a few, and these few; every whole is among the few once."""
+        for fold in range(min(FOLDS, len(self.seconds))):
+            few = np.arange(fold, len(self.seconds), FOLDS)
+            yield ~np.isin(self.of, few), few
+
+
 def fit(
-    features: ArrayLike, seconds: ArrayLike, names: Sequence[str], *, prior: Regression | None = None
+    features: ArrayLike,
+    seconds: ArrayLike,
+    names: Sequence[str],
+    *,
+    prior: Regression | None = None,
+    wholes: Wholes | None = None,
 ) -> Regression:
     """Fit times to features, `[rows, features]` and `[rows]`.
 
-    Minimises `sum_i huber(features_i c / seconds_i - 1) + s sum_j (c_j - p_j)^2` over `c >= 0`, each coefficient in
+    Minimises `sum_i w_i huber(features_i c / seconds_i - 1) + s sum_j (c_j - p_j)^2` over `c >= 0`, each coefficient in
     units of its mean share; `p` is the prior's coefficients scaled to these times, and `s` is chosen by leave-one-out
-    error.
+    error. `w` is one or, where rows are parts of `wholes`, the share of a row in its whole; then the coefficients are
+    scaled so that half of the wholes take longer than predicted, and errors are those of wholes that the fit has not
+    seen.
     Features that never occur keep the prior's cost, or zero. O(rows features^2) for each of a few solutions.
 
     Raises `ZooError` for sizes that do not fit, and for times or features that are negative or not finite.
@@ -132,7 +160,7 @@ def fit(
     _check(given, times, names, prior)
     start = np.zeros(given.shape[1]) if prior is None else _scaled(prior.coefficients, given, times)
     strengths = SHRINKAGES if prior is not None else SHRINKAGES[:1]
-    fits = [_solved(given, times, start, strength) for strength in strengths]
+    fits = [_solved(given, times, start, strength, wholes) for strength in strengths]
     coefficients, covariance, errors, strength = min(fits, key=lambda found: float(np.mean(np.abs(found[2]))))
     absent = ~given.any(axis=0)
     coefficients = np.where(absent, start, coefficients)
@@ -170,33 +198,41 @@ def _scaled(coefficients: Floats, features: Floats, seconds: Floats) -> Floats:
     return coefficients * np.median(seconds[usable] / predicted[usable]) if usable.any() else coefficients
 
 
-def _solved(features: Floats, seconds: Floats, prior: Floats, strength: float) -> tuple[Floats, Floats, Floats, float]:
-    """Coefficients, their covariance, leave-one-out errors, and the strength itself."""
+def _solved(
+    features: Floats, seconds: Floats, prior: Floats, strength: float, wholes: Wholes | None
+) -> tuple[Floats, Floats, Floats, float]:
+    """Coefficients, their covariance, errors on what was held out, and the strength itself."""
     unit = features.mean(axis=0)
     unit[unit == 0] = 1.0
     shares = features / unit / seconds[:, None]
     anchor = prior * unit
     # A share of the whole is what the prior may differ by, whatever the feature's unit.
     penalty = math.sqrt(strength * len(seconds)) / float(np.median(seconds))
-    weights = np.ones(len(seconds))
+    importance = np.ones(len(seconds)) if wholes is None else np.sqrt(seconds / wholes.seconds[wholes.of])
+    weights = importance
     for _ in range(ROUNDS):
         found = _least(shares, weights, anchor, penalty)
         residuals = shares @ found - 1
         noise = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(residuals))))
-        weights = np.sqrt(np.minimum(1.0, HUBER * noise / np.maximum(np.abs(residuals), 1e-300)))
+        weights = importance * np.sqrt(np.minimum(1.0, HUBER * noise / np.maximum(np.abs(residuals), 1e-300)))
+    whole = shares if wholes is None else wholes.features / unit / wholes.seconds[:, None]
+    scale = 1.0 if wholes is None else 1 / max(float(np.median(whole @ found)), 1e-6)
+    predicted = np.empty(len(whole))
+    for kept, few in _folds(len(seconds)) if wholes is None else wholes.folds():
+        predicted[few] = scale * whole[few] @ _least(shares[kept], weights[kept], anchor, penalty)
     # Measured over predicted: the factor by which a new measurement may exceed its prediction.
-    errors = np.array([1 / _held_out(shares, weights, anchor, penalty, row) - 1 for row in range(len(seconds))])
+    errors = 1 / np.maximum(predicted, 1e-6) - 1
     active = np.flatnonzero(found > 0)
     normal = (shares * weights[:, None]).T @ (shares * weights[:, None]) + penalty**2 * np.eye(len(found))
     covariance = np.zeros_like(normal)
     covariance[np.ix_(active, active)] = np.linalg.pinv(normal[np.ix_(active, active)]) * noise**2
-    return found / unit, covariance / np.outer(unit, unit), errors, strength
+    return scale * found / unit, scale**2 * covariance / np.outer(unit, unit), errors, strength
 
 
-def _held_out(shares: Floats, weights: Floats, anchor: Floats, penalty: float, row: int) -> float:
-    """The predicted over the measured time of a row that the fit does not see."""
-    kept = np.arange(len(weights)) != row
-    return max(float(shares[row] @ _least(shares[kept], weights[kept], anchor, penalty)), 1e-6)
+def _folds(rows: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
+    """All rows but one, and that one."""
+    for row in range(rows):
+        yield np.arange(rows) != row, np.array([row])
 
 
 def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: float) -> Floats:
@@ -204,4 +240,6 @@ def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: float) -> F
     if penalty:
         rows = np.concatenate([rows, penalty * np.eye(shares.shape[1])])
         wanted = np.concatenate([wanted, penalty * anchor])
-    return nnls(rows, wanted)[0]
+    # The same problem in as many rows as there are columns, since there may be thousands of rows.
+    reduced = np.linalg.qr(np.column_stack([rows, wanted]), mode="r")
+    return nnls(reduced[:, :-1], reduced[:, -1])[0]

@@ -18,13 +18,12 @@ import numpy as np
 
 from zoo.accounting import Workload, places
 from zoo.errors import SpecError, ZooError
-from zoo.hardware.features import Phase, features
+from zoo.hardware.features import Part, Phase, features
 from zoo.spec.construct import construct
 from zoo.spec.document import read_text_as
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
-    from zoo.cost import Operator
     from zoo.spec.template import Hole, Template
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -37,11 +36,12 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Sample:
-    """A model and the work it is timed on: `batch` sequences of `tokens`, and one token behind as many."""
+    """A model and the work it is timed on: `batch` sequences of `tokens`, and one token behind `past` others."""
 
     spec: Spec
     batch: int
     tokens: int
+    past: int
     typical: bool
     """Whether it was taken as it was drawn, so that errors on it are those of any model."""
     dtype: str = "float32"
@@ -49,30 +49,26 @@ class Sample:
     @property
     def key(self) -> str:
         """What tells it from other samples, in every run."""
-        return f"{self.spec.hash} batch={self.batch} tokens={self.tokens} dtype={self.dtype}"
+        return f"{self.spec.hash} batch={self.batch} tokens={self.tokens} past={self.past} dtype={self.dtype}"
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """What can be timed: only language models decode."""
         return ("forward", "decode") if self.spec.root().causal else ("forward",)
 
-    def operators(self, phase: Phase) -> tuple[Operator, ...]:
-        """What a device meets."""
-        return operators_of(self.spec, Workload(self.batch, self.tokens, self.tokens, self.dtype), phase)
+    def parts(self, phase: Phase) -> tuple[Part, ...]:
+        """What a device meets, part by part."""
+        return parts_of(self.spec, Workload(self.batch, self.tokens, self.past, self.dtype), phase)
 
     @cached_property
     def known(self) -> dict[str, float]:
         """The features of its forward pass."""
-        return features(self.operators("forward"))
+        return features(self.parts("forward"))
 
 
-def operators_of(spec: Spec, work: Workload, phase: Phase) -> tuple[Operator, ...]:
-    """The operators of a spec, in order."""
-    work = work.at(spec.context)
-    found: list[Operator] = []
-    for place in places(spec.fill(), work):
-        found += place.cost(phase == "decode").operators
-    return tuple(found)
+def parts_of(spec: Spec, work: Workload, phase: Phase) -> tuple[Part, ...]:
+    """The pieces of each part of a spec, in order."""
+    return tuple(place.pieces(phase == "decode") for place in places(spec.fill(), work.at(spec.context)))
 
 
 def templates() -> list[Template]:
@@ -83,10 +79,10 @@ def templates() -> list[Template]:
 
 
 def drawn(rng: random.Random, dtype: str = "float32", typical: bool = False) -> Iterator[Sample]:
-    """Samples without end; three of four are language models."""
+    """Samples without end; two of three are language models."""
     shapes = templates()
     while True:
-        template = rng.choices(shapes, [3.0, *[1.0] * (len(shapes) - 1)])[0]
+        template = rng.choice(shapes)
         for _ in range(TRIES):
             try:
                 spec: Any = construct(template.fill(lambda hole, _: _value(hole, rng)))
@@ -95,8 +91,8 @@ def drawn(rng: random.Random, dtype: str = "float32", typical: bool = False) -> 
                 continue
         else:
             raise ZooError(f"no valid model in {TRIES} draws from {template.source.mark or 'a calibration space'}")
-        tokens = rng.choice(LENGTHS) if spec.root().causal else spec.context
-        yield Sample(spec, rng.choice(BATCHES), min(tokens, spec.context), typical, dtype)
+        tokens, past = rng.choices(LENGTHS, k=2) if spec.root().causal else (spec.context, 0)
+        yield Sample(spec, rng.choice(BATCHES), min(tokens, spec.context), min(past, spec.context - 1), typical, dtype)
 
 
 def _value(hole: Hole, rng: random.Random) -> Any:

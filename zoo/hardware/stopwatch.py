@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from zoo.device import Device
 from zoo.hardware.features import Phase
+from zoo.hardware.modules import ModuleTimes
 from zoo.hardware.samples import Sample
 from zoo.latency import Case, Clock, kept_memory, measure, pinned_threads
 from zoo.model import build
 
-REPEATS = 6
+REPEATS = 4
 MOST_SECONDS = 1.0
 """Seconds of timed runs after which a case has enough, repeats or not."""
 SETTLE_SECONDS = 0.02
 """How long a case runs before each timed run."""
 SENTINEL_SIDE = 384
 
-Seconds = dict[Phase, float]
+
+class Reading(NamedTuple):
+    """Seconds of a sample in one phase, and of its modules by path, each without those inside it."""
+
+    seconds: float
+    modules: Mapping[str, float]
+
+
+Readings = dict[Phase, Reading]
 
 
 class Stopwatch(Protocol):
@@ -29,13 +39,16 @@ class Stopwatch(Protocol):
 
     device: Device
 
-    def seconds(self, samples: Sequence[Sample]) -> tuple[list[Seconds], float]:
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
         """The medians of each sample by phase, and the seconds of the sentinel, the same work each time."""
         ...
 
 
 class DeviceStopwatch:
-    """Times samples against each other: every round runs each case once, warm, and the sentinel."""
+    """Times samples against each other: every round runs each case once, warm, and the sentinel.
+
+    A sample is timed as it is and, by turns, with its modules timed, which takes a little longer.
+    """
 
     def __init__(self, device: Device, clock: Clock = time.perf_counter) -> None:
         self.device = device
@@ -43,18 +56,26 @@ class DeviceStopwatch:
         a, b = (torch.randn(SENTINEL_SIDE, SENTINEL_SIDE, device=device.name) for _ in range(2))
         self._sentinel: Case = lambda: (a @ b).exp_()
 
-    def seconds(self, samples: Sequence[Sample]) -> tuple[list[Seconds], float]:
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
         with kept_memory():
-            return self._seconds(samples)
+            return self._read(samples)
 
-    def _seconds(self, samples: Sequence[Sample]) -> tuple[list[Seconds], float]:
+    def _read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
         cases: dict[str, Case] = {"sentinel": self._sentinel}
+        modules: dict[str, ModuleTimes] = {}
         with torch.inference_mode(), pinned_threads(self.device.threads):
             for number, sample in enumerate(samples):
                 model = build(sample.spec, device=self.device.name, dtype=getattr(torch, sample.dtype)).eval()
                 for phase in sample.phases:
-                    make: Callable[[int, int], Case] = model.forward_case if phase == "forward" else model.decode_case
-                    cases[f"{number} {phase}"] = make(sample.batch, sample.tokens)
+                    name = f"{number} {phase}"
+                    paths = [piece.path for part in sample.parts(phase) for piece in part]
+                    cases[name] = (
+                        model.forward_case(sample.batch, sample.tokens)
+                        if phase == "forward"
+                        else model.decode_case(sample.batch, sample.past)
+                    )
+                    modules[name] = ModuleTimes(model, paths, self.device, self._clock)
+                    cases[f"{name} in parts"] = modules[name].timed(cases[name])
         found = measure(
             cases,
             device=self.device,
@@ -65,8 +86,12 @@ class DeviceStopwatch:
             settle=SETTLE_SECONDS,
             clock=self._clock,
         )
-        medians: list[Seconds] = [
-            {phase: found[f"{number} {phase}"].median for phase in sample.phases}
-            for number, sample in enumerate(samples)
+
+        def reading(name: str) -> Reading:
+            medians = {path: statistics.median(times) for path, times in modules[name].seconds().items()}
+            return Reading(found[name].median, medians)
+
+        readings: list[Readings] = [
+            {phase: reading(f"{number} {phase}") for phase in sample.phases} for number, sample in enumerate(samples)
         ]
-        return medians, found["sentinel"].median
+        return readings, found["sentinel"].median

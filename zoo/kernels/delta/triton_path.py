@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from zoo.kernels.decay import highest
 from zoo.kernels.delta import triton_kernels
 from zoo.kernels.launch import Launches
 from zoo.kernels.segments import runs
@@ -40,7 +41,7 @@ def delta_rule(
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), out_dtype)
     q, k, v = (x.to(common) for x in (q, k, v))
     if log_decay is not None:
-        log_decay = log_decay.float().clamp(_LEAST_EXPONENT, 0).expand(batch, tokens, heads)
+        log_decay = log_decay.float().clamp(_LEAST_EXPONENT, highest(torch.float32)).expand(batch, tokens, heads)
     if state is None:
         state = q.new_zeros(batch, heads, key_dim, value_dim, dtype=torch.float32)
     run = None if segments is None else runs(segments).int()
