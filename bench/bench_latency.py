@@ -4,9 +4,10 @@
 
 Calibrates the CPU with one thread unless it is calibrated, draws models from every shipped space, at random with
 lengths from 128 to 2,048 and batches of 1 and 8, and times each in several passes over all of them, minutes apart. What
-a model is said to take is the median over the passes; how far one pass strays from it is what no prediction can be
-better than. Then for a bound on the 0.9 quantile of latency: of 20 models that the predictor lets pass, those closest
-to the bound, how many measure below it.
+a model is said to take is the median over the passes; how far one pass strays from another is what no prediction can be
+better than. Beside each model the calibration's sentinel is timed: figures "at the speed of the calibration" are those
+of times from which the machine's drift since then, as the sentinel feels it, is taken out. Then for a bound on the 0.9
+quantile of latency: of 20 models that the predictor lets pass, those closest to the bound, how many measure below it.
 
 A second file beside the results, `latency-models.json`, has what was predicted and measured of every model.
 """
@@ -93,9 +94,14 @@ class Model:
     context: Context
     predicted: dict[Phase, LatencyFigure]
     passes: dict[Phase, list[float]]
+    drifts: dict[Phase, list[float]]
 
-    def measured(self, phase: Phase) -> float:
-        return statistics.median(self.passes[phase])
+    def measured(self, phase: Phase, undrifted: bool = False) -> float:
+        """Seconds, or as they would be were the machine as fast as when it was calibrated."""
+        if not undrifted:
+            return statistics.median(self.passes[phase])
+        pairs = zip(self.passes[phase], self.drifts[phase], strict=True)
+        return statistics.median(seconds / drift for seconds, drift in pairs)
 
 
 def models(source: PredictedLatency, count: int, seed: int) -> list[Model]:
@@ -103,24 +109,27 @@ def models(source: PredictedLatency, count: int, seed: int) -> list[Model]:
     found: list[Model] = []
     for space, spec, context in itertools.islice(drawn(random.Random(seed)), count):
         phases: tuple[Phase, ...] = ("forward", "decode") if spec.root().causal else ("forward",)
-        predicted = {phase: source.latency(spec, context, phase) for phase in phases}
-        found.append(Model(space, spec, context, predicted, {phase: [] for phase in phases}))
+        predicted: dict[Phase, LatencyFigure] = {phase: source.latency(spec, context, phase) for phase in phases}
+        found.append(Model(space, spec, context, predicted, {p: [] for p in phases}, {p: [] for p in phases}))
     return found
 
 
-def time_all(found: list[Model], device: Device) -> None:
-    """Time every model once in each pass, every other pass in reverse order."""
-    start = time.monotonic()
+def time_all(found: list[Model], predictor: Predictor, device: Device) -> None:
+    """Time every model once in each pass, every other pass in reverse order, and the sentinel beside it."""
+    start, stopwatch = time.monotonic(), DeviceStopwatch(device)
     for number in range(PASSES):
         for index, model in enumerate(found if number % 2 == 0 else reversed(found)):
-            due = [phase for phase, times in model.passes.items() if not times or times[0] < SLOW]
+            due: list[Phase] = [phase for phase, times in model.passes.items() if not times or times[0] < SLOW]
+            drift = predictor.drift(stopwatch.sentinel())
             for phase in due:
+                model.drifts[phase].append(drift[phase])
                 timed: MeasuredLatency[Any] = MeasuredLatency(
                     device, build, lambda spec: spec.hash, Forgetful(), **TIMING
                 )
                 model.passes[phase].append(timed.latency(model.spec, model.context, phase).seconds)
             said = ", ".join(
                 f"{phase} {model.passes[phase][-1] * 1e3:.3g} ms, predicted {model.predicted[phase].seconds * 1e3:.3g}"
+                f", drift {drift[phase]:.2f}"
                 for phase in due
             )
             print(
@@ -149,31 +158,40 @@ class Forgetful(LatencyCache):
 def compared(found: list[Model], phase: Phase) -> list[dict[str, Any]]:
     """The figures over all models that have a phase."""
     mine = [model for model in found if phase in model.predicted]
-    predicted = np.array([model.predicted[phase].seconds for model in mine])
-    measured = np.array([model.measured(phase) for model in mine])
-    inside = np.array(
-        [model.predicted[phase].low <= model.measured(phase) <= model.predicted[phase].high for model in mine]
-    )
-    errors = np.abs(predicted / measured - 1)
-    values = {
-        "mean absolute error": float(errors.mean()),
-        "share within 10%": float((errors <= 0.1).mean()),
-        "Spearman": float(np.corrcoef(rankdata(predicted), rankdata(measured))[0, 1]),
-        "coverage of 90% intervals, at least": float(inside.mean()),
-        "coverage of 90% intervals, at most": float(inside.mean()),
-    }
     rows: list[dict[str, Any]] = []
-    for what, value in values.items():
+    for what, value in figures(mine, phase).items():
         bound, side = FIGURES[what]
         met = value <= bound if side == "at most" else value >= bound
         rows.append({"what": f"{phase}: {what}", "found": value, "required": bound, "met": met})
+    undrifted = figures(mine, phase, undrifted=True)
+    rows += [told(f"{phase} at the speed of the calibration: {what}", value) for what, value in undrifted.items()]
     strayed = [abs(one / other - 1) for m in mine for one, other in itertools.combinations(m.passes[phase], 2)]
     rows.append(told(f"{phase}: mean deviation of one pass from another", float(np.mean(strayed))))
+    drift = statistics.median(drift for model in mine for drift in model.drifts[phase])
+    rows.append(told(f"{phase}: drift since the calibration", drift))
     for name in SPACES:
-        of_space = [error for model, error in zip(mine, errors, strict=True) if model.space == name]
+        of_space = [model for model in mine if model.space == name]
         if of_space:
-            rows.append(told(f"{phase}: mean absolute error in {name}", float(np.mean(of_space))))
+            error = figures(of_space, phase)["mean absolute error"]
+            rows.append(told(f"{phase}: mean absolute error in {name}", error))
     return rows
+
+
+def figures(found: list[Model], phase: Phase, undrifted: bool = False) -> dict[str, float]:
+    """What `FIGURES` asks for."""
+    predicted = np.array([model.predicted[phase].seconds for model in found])
+    measured = np.array([model.measured(phase, undrifted) for model in found])
+    low = np.array([model.predicted[phase].low for model in found])
+    high = np.array([model.predicted[phase].high for model in found])
+    errors, inside = np.abs(predicted / measured - 1), (low <= measured) & (measured <= high)
+    values = (
+        errors.mean(),
+        (errors <= 0.1).mean(),
+        np.corrcoef(rankdata(predicted), rankdata(measured))[0, 1],
+        inside.mean(),
+        inside.mean(),
+    )
+    return dict(zip(FIGURES, map(float, values), strict=True))
 
 
 def facts(model: Model) -> dict[str, Any]:
@@ -185,6 +203,7 @@ def facts(model: Model) -> dict[str, Any]:
         "seq": model.context.seq,
         "predicted": {phase: [figure.low, figure.seconds, figure.high] for phase, figure in model.predicted.items()},
         "measured": model.passes,
+        "drift": model.drifts,
     }
 
 
@@ -219,7 +238,7 @@ def main() -> None:
     found = predictor()
     source, device = PredictedLatency(found), resolve_device("cpu", 1)
     all_models = models(source, options.models, options.seed)
-    time_all(all_models, device)
+    time_all(all_models, found, device)
     rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
     rows += finalists(source, measured_latency(device), random.Random(options.seed + 1))
     if options.json:

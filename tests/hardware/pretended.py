@@ -10,7 +10,7 @@ from zoo.device import Device
 from zoo.hardware.features import by_piece, features
 from zoo.hardware.profile import Profile
 from zoo.hardware.samples import Sample
-from zoo.hardware.stopwatch import Reading, Readings
+from zoo.hardware.stopwatch import Reading, Readings, Sentinel
 
 TERMS = {"calls": 5e-6, "flops": 1e-11, "inputs": 1e-10, "weights": 1e-10, "outputs": 1e-10, "modules": 1e-6}
 """Seconds for each unit of work, whatever its kind."""
@@ -37,18 +37,19 @@ def true_seconds(counts: Mapping[str, float]) -> float:
 class PretendedStopwatch:
     """Times samples by `true_seconds`, give or take `noise`; its sentinel takes what `sentinels` say in turn.
 
-    Modules are as wrong as the sample that they stand in.
+    Modules are as wrong as the sample that they stand in. If it is `drifting`, samples are slow when the sentinel is.
     """
 
     noise: float = 0.0
     sentinels: Sequence[float] = (1e-3,)
     sign: float = 1.0
+    drifting: bool = False
     device: Device = DEVICE
     now: float = 0.0
     asked: list[str] = field(default_factory=list)
 
-    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
-        sentinel = self.sentinels[min(len(self.asked), len(self.sentinels) - 1)]
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
+        seconds = self.sentinels[min(len(self.asked), len(self.sentinels) - 1)]
         found: list[Readings] = []
         for sample in samples:
             rng = random.Random(sample.key)
@@ -56,6 +57,7 @@ class PretendedStopwatch:
             readings: Readings = {}
             for phase in sample.phases:
                 factor = self.sign * (1 + rng.uniform(-self.noise, self.noise))
+                factor *= seconds / self.sentinels[0] if self.drifting else 1.0
                 parts = sample.parts(phase)
                 modules = {path: counts for part in parts for path, counts in by_piece(part, phase)}
                 readings[phase] = Reading(
@@ -64,7 +66,7 @@ class PretendedStopwatch:
                 )
             found.append(readings)
         self.now += len(samples)
-        return found, sentinel
+        return found, {"forward": seconds, "decode": seconds}
 
     def clock(self) -> float:
         """Seconds by its own clock: one for each sample."""

@@ -37,7 +37,7 @@ def predictor(date: str = "2026-11-26", errors: float = 0.1) -> Predictor:
     kinds = sorted({operator.kind for piece in pieces for operator in piece.operators})
     names = tuple(f"{kind}.flops" for kind in kinds)
     found = Regression(names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-errors, errors, 41))
-    return Predictor(load_profile("h100"), "0123456789ab", "float32", {"forward": found}, {"date": date})
+    return Predictor(load_profile("h100"), "0123456789ab", "float32", {"forward": found}, made={"date": date})
 
 
 class Guess:

@@ -15,6 +15,8 @@ from zoo.errors import ZooError
 from zoo.quantity import format_quantity
 
 if TYPE_CHECKING:
+    from zoo.device import Device
+    from zoo.hardware.predictor import Predictor
     from zoo.train.bench import Listener
 
 
@@ -54,11 +56,13 @@ def bench_model(
     profile = None if bound_by is None else load_profile(bound_by)
     machine = resolve_device(device, threads)
     plan(spec, machine, request, profile=profile)
-    predictor = PredictedLatency(find_predictor(machine.name, dtype, threads)) if predict else None
+    calibrated = find_predictor(machine.name, dtype, threads) if predict else None
+    predictor = None if calibrated is None else PredictedLatency(calibrated)
     if out is not None and not out.parent.is_dir():
         raise ZooError(f"cannot write {out}: there is no folder {out.parent}; make it first")
     with _live(spec.name or name) as progress:
         report = bench(spec, machine, request, profile=profile, predictor=predictor, progress=progress)
+    drift = {} if calibrated is None or report.interrupted else _drift(calibrated, machine)
     unit = "tokens" if fixed_tokens(spec.fill()) is None else "images"
     found = {
         "spec": spec.name or name,
@@ -70,6 +74,7 @@ def bench_model(
         "versions": {"zoo": zoo.__version__, "torch": machine.torch, "python": machine.python},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "roofline": bound_by,
+        "drift": drift,
         "rows": facts(report, profile, dtype),
         "notes": report.notes,
         "interrupted": report.interrupted,
@@ -81,6 +86,13 @@ def bench_model(
     else:
         _print(found, f"{found['spec']}: batch {batch}, {dtype}, on {machine}")
     return 130 if report.interrupted else 0
+
+
+def _drift(predictor: Predictor, machine: Device) -> dict[str, float]:
+    """How many times slower the machine is than when it was calibrated, by phase."""
+    from zoo.hardware.stopwatch import DeviceStopwatch
+
+    return {**predictor.drift(DeviceStopwatch(machine).sentinel())}
 
 
 def _lengths(option: str, text: str | None) -> tuple[int, ...]:
@@ -119,7 +131,9 @@ def _print(found: dict[str, Any], title: str) -> None:
         _print_predicted(rows, found["roofline"])
     failures = [f"{_called(row)}: {row['failure']}" for row in rows if row["failure"] is not None]
     interrupted = ["interrupted: what is missing was not measured"] if found["interrupted"] else []
-    for line in (*found["notes"], *failures, *interrupted):
+    drift = ", ".join(f"{phase} {factor:.2f} times as long" for phase, factor in found["drift"].items())
+    drifted = [f"for the same as when it was calibrated, the machine now takes {drift}"] if drift else []
+    for line in (*found["notes"], *drifted, *failures, *interrupted):
         console().print(line)
 
 

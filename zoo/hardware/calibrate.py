@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from zoo.hardware.samples import Sample, chosen, drawn, take
 from zoo.latency import Clock
 
 if TYPE_CHECKING:
-    from zoo.hardware.stopwatch import Readings, Stopwatch
+    from zoo.hardware.stopwatch import Readings, Sentinel, Stopwatch
 
 POOL = 600
 """Samples that the informative half is chosen from."""
@@ -42,8 +42,9 @@ GUESS = 1.5
 """How many times the roofline's seconds a forward pass is taken to last."""
 RUNS = 14
 """About how many forward passes timing a sample comes to, decoding included."""
-DRIFT = 0.1
-"""The share by which the sentinel may differ from its median; what was timed then is timed again."""
+DRIFT = 0.2
+"""The share by which the sentinel may differ from its median; what was timed then is timed again. What it differs less
+is taken out of the times."""
 TRIES = 3
 """How often a group is timed before it counts as disturbed."""
 DISTURBED = 1 / 3
@@ -74,7 +75,7 @@ class Timed:
     typical: bool
     whole: Mapping[Phase, Row]
     modules: Mapping[Phase, Sequence[Row]]
-    sentinel: float
+    sentinel: Mapping[Phase, float]
     disturbed: bool
 
 
@@ -162,7 +163,7 @@ def calibrate(
     return fitted(kept.timed, profile, stopwatch.device.id, dtype, prior)
 
 
-def _timed(sample: Sample, readings: Readings, sentinel: float, disturbed: bool) -> Timed:
+def _timed(sample: Sample, readings: Readings, sentinel: Sentinel, disturbed: bool) -> Timed:
     parts = {phase: sample.parts(phase) for phase in readings}
     return Timed(
         sample.key,
@@ -230,15 +231,15 @@ def _groups(
 
 
 def _undisturbed(
-    stopwatch: Stopwatch, group: list[Sample], sentinels: list[float]
-) -> tuple[list[Readings], float, bool]:
+    stopwatch: Stopwatch, group: list[Sample], sentinels: Sequence[Mapping[Phase, float]]
+) -> tuple[list[Readings], Sentinel, bool]:
     """The group's times, taken again while the sentinel says that the machine is not as it was."""
     attempts = []
     for _ in range(TRIES):
         found, sentinel = stopwatch.read(group)
-        wrong = [reading.seconds for readings in found for reading in readings.values() if not reading.seconds > 0]
-        if wrong or not sentinel > 0:
-            raise ZooError(f"the clock of {stopwatch.device} went wrong: a run took {min([*wrong, sentinel])} s")
+        times = [reading.seconds for readings in found for reading in readings.values()] + [*sentinel.values()]
+        if not min(times) > 0:
+            raise ZooError(f"the clock of {stopwatch.device} went wrong: a run took {min(times)} s")
         attempts.append((_deviation(sentinel, sentinels), found, sentinel))
         if attempts[-1][0] <= DRIFT:
             break
@@ -246,23 +247,33 @@ def _undisturbed(
     return found, sentinel, deviation > DRIFT
 
 
-def _deviation(sentinel: float, others: list[float]) -> float:
-    usual = statistics.median(others) if others else sentinel
-    return max(sentinel, usual) / min(sentinel, usual) - 1
+def _deviation(sentinel: Mapping[Phase, float], others: Sequence[Mapping[Phase, float]]) -> float:
+    """By what share the sentinel is faster or slower than usual, in the phase in which it is so most."""
+    return max(max(factor, 1 / factor) for factor in _factors(sentinel, _usual([*others] or [sentinel])).values()) - 1
+
+
+def _usual(sentinels: Sequence[Mapping[Phase, float]]) -> dict[Phase, float]:
+    return {phase: statistics.median(one[phase] for one in sentinels) for phase in sentinels[0]}
+
+
+def _factors(sentinel: Mapping[Phase, float], usual: Mapping[Phase, float]) -> dict[Phase, float]:
+    """How many times slower the machine is than usual, by phase."""
+    return {phase: seconds / usual[phase] for phase, seconds in sentinel.items()}
 
 
 def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior: Predictor | None = None) -> Predictor:
     """The predictor of what was timed; disturbed samples are left out, and errors are those of typical ones."""
     good = [item for item in timed if not item.disturbed]
     if len(timed) - len(good) > DISTURBED * len(timed):
-        slow = [item.sentinel for item in timed]
+        slow = [item.sentinel["forward"] for item in timed]
         raise ZooError(
             f"the machine is too noisy: the same work took from {min(slow) * 1e3:.3g} to {max(slow) * 1e3:.3g} ms, and "
             f"{len(timed) - len(good)} of {len(timed)} samples were disturbed; stop what else runs and calibrate again"
         )
+    usual = _usual([item.sentinel for item in good] or [timed[0].sentinel]) if timed else {}
     regressions: dict[Phase, Regression] = {}
     for phase in PHASES:
-        mine = [item for item in good if phase in item.whole]
+        mine = [_at_usual_speed(item, usual) for item in good if phase in item.whole]
         if len(mine) >= FEWEST:
             regressions[phase] = _regression(mine, phase, prior)
     if not regressions:
@@ -272,7 +283,22 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
         "samples": str(len(good)),
         **{name: version(name) for name in ("torch", "zoo-nas")},
     }
-    return Predictor(profile, device, dtype, regressions, made)
+    return Predictor(profile, device, dtype, regressions, usual, made)
+
+
+def _at_usual_speed(timed: Timed, usual: Mapping[Phase, float]) -> Timed:
+    """The same with times as they would be were the machine as fast as it usually was."""
+    factors = _factors(timed.sentinel, usual)
+
+    def usually(row: Row, phase: Phase) -> Row:
+        counts, seconds = row
+        return counts, seconds / factors.get(phase, 1.0)
+
+    return replace(
+        timed,
+        whole={phase: usually(row, phase) for phase, row in timed.whole.items()},
+        modules={phase: [usually(row, phase) for row in rows] for phase, rows in timed.modules.items()},
+    )
 
 
 def _regression(timed: list[Timed], phase: Phase, prior: Predictor | None) -> Regression:

@@ -50,13 +50,15 @@ class Prediction:
 class Predictor:
     """What a calibration found for one device and dtype.
 
-    device: the `Device.id` that it was made on. regressions: by phase. made: date and versions.
+    device: the `Device.id` that it was made on. regressions: by phase. sentinel: seconds of the sentinel meanwhile, see
+    `zoo.hardware.stopwatch`. made: date and versions.
     """
 
     profile: Profile
     device: str
     dtype: str
     regressions: Mapping[Phase, Regression]
+    sentinel: Mapping[Phase, float] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
 
     def predict(self, parts: Iterable[Part], phase: Phase = "forward") -> Prediction:
@@ -87,6 +89,10 @@ class Predictor:
     def factor(self, phase: Phase, quantile: float) -> float:
         """What a prediction is multiplied by to be a quantile of the measurements of such models."""
         return 1.0 if quantile == 0.5 else self._regression(phase).upper(quantile)
+
+    def drift(self, sentinel: Mapping[Phase, float]) -> dict[Phase, float]:
+        """How many times slower the machine is than when it was calibrated, by phase, by what the sentinel takes."""
+        return {phase: seconds / self.sentinel[phase] for phase, seconds in sentinel.items() if phase in self.sentinel}
 
     def _regression(self, phase: Phase) -> Regression:
         if phase not in self.regressions:
@@ -128,6 +134,7 @@ class Predictor:
             "profile": self.profile.as_yaml(),
             "device": self.device,
             "dtype": self.dtype,
+            "sentinel": dict(self.sentinel),
             "made": dict(self.made),
             "phases": {phase: found.as_data() for phase, found in self.regressions.items()},
         }
@@ -146,6 +153,7 @@ class Predictor:
                 device=str(data["device"]),
                 dtype=str(data["dtype"]),
                 regressions={phase: Regression.from_data(found) for phase, found in data["phases"].items()},
+                sentinel={phase: float(data["sentinel"][phase]) for phase in PHASES if phase in data["sentinel"]},
                 made={str(key): str(value) for key, value in data["made"].items()},
             )
         except (KeyError, TypeError, AttributeError) as error:

@@ -241,5 +241,5 @@ def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: float) -> F
         rows = np.concatenate([rows, penalty * np.eye(shares.shape[1])])
         wanted = np.concatenate([wanted, penalty * anchor])
     # The same problem in as many rows as there are columns, since there may be thousands of rows.
-    reduced = np.linalg.qr(np.column_stack([rows, wanted]), mode="r")
+    reduced = np.asarray(np.linalg.qr(np.column_stack([rows, wanted]), mode="r"))
     return nnls(reduced[:, :-1], reduced[:, -1])[0]

@@ -13,15 +13,29 @@ from zoo.device import Device
 from zoo.hardware.features import Phase
 from zoo.hardware.modules import ModuleTimes
 from zoo.hardware.samples import Sample
-from zoo.latency import Case, Clock, kept_memory, measure, pinned_threads
+from zoo.latency import Case, Clock, Timing, kept_memory, measure, pinned_threads
 from zoo.model import build
+from zoo.spec.document import parse
 
 REPEATS = 4
 MOST_SECONDS = 1.0
 """Seconds of timed runs after which a case has enough, repeats or not."""
 SETTLE_SECONDS = 0.02
 """How long a case runs before each timed run."""
-SENTINEL_SIDE = 384
+SENTINEL = """
+width: 128
+context: 256
+stem: {type: token, vocab: 256}
+body:
+  layers:
+    - {mixer: {type: attention, heads: 4}, channel: glu}
+    - {mixer: {type: mamba2, head_dim: 32, state_dim: 16}, channel: glu}
+head: language_model
+"""
+"""A model that feels whatever slows models down: products, memory, and Python."""
+SENTINEL_TOKENS = 128
+SENTINEL_RUNS = 7
+"""Rounds in which the sentinel is timed by itself."""
 
 
 class Reading(NamedTuple):
@@ -32,6 +46,8 @@ class Reading(NamedTuple):
 
 
 Readings = dict[Phase, Reading]
+Sentinel = dict[Phase, float]
+"""Seconds of the sentinel by phase."""
 
 
 class Stopwatch(Protocol):
@@ -39,8 +55,8 @@ class Stopwatch(Protocol):
 
     device: Device
 
-    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
-        """The medians of each sample by phase, and the seconds of the sentinel, the same work each time."""
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
+        """The medians of each sample by phase, and those of the sentinel, the same work each time."""
         ...
 
 
@@ -53,15 +69,42 @@ class DeviceStopwatch:
     def __init__(self, device: Device, clock: Clock = time.perf_counter) -> None:
         self.device = device
         self._clock = clock
-        a, b = (torch.randn(SENTINEL_SIDE, SENTINEL_SIDE, device=device.name) for _ in range(2))
-        self._sentinel: Case = lambda: (a @ b).exp_()
+        model = build(parse(SENTINEL), device=device.name).eval()
+        with torch.inference_mode():
+            self._sentinel: dict[Phase, Case] = {
+                "forward": model.forward_case(1, SENTINEL_TOKENS),
+                "decode": model.decode_case(1, SENTINEL_TOKENS),
+            }
 
-    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
         with kept_memory():
             return self._read(samples)
 
-    def _read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
-        cases: dict[str, Case] = {"sentinel": self._sentinel}
+    def sentinel(self) -> Sentinel:
+        """The sentinel by itself, to tell how fast the machine is now."""
+        with kept_memory():
+            return self._medians(self._measured(self._sentinel_cases(), SENTINEL_RUNS))
+
+    def _sentinel_cases(self) -> dict[str, Case]:
+        return {f"sentinel {phase}": case for phase, case in self._sentinel.items()}
+
+    def _medians(self, found: Mapping[str, Timing]) -> Sentinel:
+        return {phase: found[f"sentinel {phase}"].median for phase in self._sentinel}
+
+    def _measured(self, cases: Mapping[str, Case], repeats: int) -> dict[str, Timing]:
+        return measure(
+            cases,
+            device=self.device,
+            repeats=repeats,
+            warmup=1,
+            min_seconds=0.0,
+            max_seconds=MOST_SECONDS,
+            settle=SETTLE_SECONDS,
+            clock=self._clock,
+        )
+
+    def _read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
+        cases = self._sentinel_cases()
         modules: dict[str, ModuleTimes] = {}
         with torch.inference_mode(), pinned_threads(self.device.threads):
             for number, sample in enumerate(samples):
@@ -76,16 +119,7 @@ class DeviceStopwatch:
                     )
                     modules[name] = ModuleTimes(model, paths, self.device, self._clock)
                     cases[f"{name} in parts"] = modules[name].timed(cases[name])
-        found = measure(
-            cases,
-            device=self.device,
-            repeats=REPEATS,
-            warmup=1,
-            min_seconds=0.0,
-            max_seconds=MOST_SECONDS,
-            settle=SETTLE_SECONDS,
-            clock=self._clock,
-        )
+        found = self._measured(cases, REPEATS)
 
         def reading(name: str) -> Reading:
             medians = {path: statistics.median(times) for path, times in modules[name].seconds().items()}
@@ -94,4 +128,4 @@ class DeviceStopwatch:
         readings: list[Readings] = [
             {phase: reading(f"{number} {phase}") for phase in sample.phases} for number, sample in enumerate(samples)
         ]
-        return readings, found["sentinel"].median
+        return readings, self._medians(found)
