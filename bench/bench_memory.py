@@ -61,15 +61,16 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
     if widest := [len(part.widths) - 1 for part in nested(model)]:
         set_granularity(model, widest)
     model.train()
-    with torch.no_grad():
-        logits = model(inputs).logits
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    labels = torch.zeros(inputs.shape if model.head_kind == "language_model" else batch, dtype=torch.long)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def forward() -> torch.Tensor:
-        output = model(inputs)
-        loss, count = loss_sum(output.logits, labels, model.head_kind)
-        return loss / count + sum(output.losses.values())
+        output = model(inputs, labels=labels)
+        loss = output.loss
+        if loss is None:
+            total, count = loss_sum(output.logits, labels, model.head_kind)
+            loss = total / count
+        return loss + sum(output.losses.values())
 
     for name, checkpointing in (("train_memory", False), ("train_memory_checkpointed", True)):
         model.set_checkpointing(checkpointing)
@@ -81,6 +82,7 @@ def measured(spec: Any, batch: int, tokens: int) -> dict[str, float]:
             loss = forward()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
         def steps() -> None:

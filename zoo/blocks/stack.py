@@ -73,7 +73,10 @@ class Layer(Component):
         return found | {"residual": Child(self.residual, inner.at(branches=self.branches))}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return self.children_cost(scope, call).holding(float(STREAMS) * call.rows * scope.width * call.element_bytes)
+        stream = float(call.rows * scope.width * call.element_bytes)
+        total = self.children_cost(scope, call)
+        # The gradient of the stream waits beside a branch's backward pass.
+        return replace(total.holding(STREAMS * stream), backward_extra=total.falling + stream)
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None
