@@ -8,11 +8,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from bench.bench_memory import DERIVED, HELD_OUT, TOLERANCE, measured, small
 from flops import counted_flops
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo
+from bench.bench_memory import DERIVED, HELD_OUT, TOLERANCE, measured, small
 from zoo.accounting import Tally, Workload, figures, metrics, parts, total
 from zoo.blocks.model import Spec
 from zoo.blocks.stack import Stack

@@ -12,7 +12,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
-from zoo.cost import STREAMS, Call, Cost
+from zoo.cost import Call, Cost
 from zoo.errors import ZooError, did_you_mean
 from zoo.registry import Role
 

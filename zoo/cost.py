@@ -66,9 +66,9 @@ class Cost:
     traffic: bytes read and written, each operand of each fused operation once, forward.
     saved: bytes of activations that the backward pass needs.
     peak: bytes of intermediate results that are alive at once in a forward pass without gradients, beside the input.
-    forward_extra: bytes that a forward pass with gradients holds at once beyond `saved`; the peak unless said otherwise.
-    backward_extra: the same of the backward pass, gradients of parameters aside; twice the peak unless said otherwise:
-        the gradients of a result and of what it was made of.
+    forward_extra: bytes that a forward pass with gradients holds at once beyond `saved`; by default the peak.
+    backward_extra: the same of the backward pass, gradients of parameters aside; by default twice the peak, for the
+    gradients of a result and of what it was made of.
 
     kind, weights and steps say as what a device meets it, see `Operator`; a sum of costs has `parts` in their place.
 

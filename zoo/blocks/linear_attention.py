@@ -171,8 +171,10 @@ class LinearAttention(HeadMixer):
 
     def scores(self, call: Call) -> float:
         """Bytes of the scores that a recurrence keeps."""
-        whole = not self.causal and self.decay is None and not call.packed
-        return 0.0 if whole else float(call.rows * min(work.CHUNK, call.tokens) * self.sizes[0] * max(4, call.element_bytes))
+        if not self.causal and self.decay is None and not call.packed:
+            return 0.0
+        pairs = call.rows * min(work.CHUNK, call.tokens)
+        return float(pairs * self.sizes[0] * max(4, call.element_bytes))
 
     def reading(self, call: Call, value_dim: int) -> Cost:
         """What one pass over values of `value_dim` channels takes."""

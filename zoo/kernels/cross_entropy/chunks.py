@@ -21,8 +21,8 @@ from zoo.kernels.checks import at_least_float32
 from zoo.kernels.work import CROSS_ENTROPY_MULTIPLE as MULTIPLE
 
 ELEMENTS = {"cuda": 2**27}
-"""Logits of a chunk by kind of device, where there may be more than on a CPU: enough rows to keep a GPU's matrix units busy
-with any vocabulary."""
+"""Logits of a chunk by kind of device, where there may be more than on a CPU: enough rows to keep a GPU's matrix units
+busy with any vocabulary."""
 
 Shape = tuple[int, ...]
 
