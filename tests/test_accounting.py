@@ -65,6 +65,9 @@ def test_figures_follow_the_workload() -> None:
     assert one["state_token"] == 4 * 2 * spec.width * 4
     assert one["state"] == one["state_token"] * (spec.context + 1)
     assert one["train_flops"] > 2 * one["flops"]
+    # Gradients are read for their norm, read and written by clipping, and read by AdamW, which reads and writes weights
+    # and two moments.
+    assert one["train_traffic"] == 3 * one["traffic"] + 4 * (1 + 2 + 1 + 2 * 3) * one["params"]
 
 
 def test_experts_count_in_part() -> None:

@@ -140,8 +140,8 @@ class Mamba2(StateSpace):
             traffic=(call.rows * (3 * convolved + 7 * hidden) + 2 * batch * (self.conv_kernel - 1) * convolved)
             * call.element_bytes
             + 2 * memory,
-            # The convolution's input, twice, its output before the nonlinearity and behind it; values, and the output;
-            # z, silu(z) and what it multiplies, and the product before and behind the norm.
+            # The convolution's input, twice, its output before the nonlinearity and behind it; values; z, silu(z) and
+            # what it multiplies, and the product before and behind the norm.
             saved=3 * mixed + wide_mixed + 6 * rows_of_hidden + wide * work.recurrence_saved(*shape, **chunked),
             # Of the convolution two sums of taps beside both inputs; or x, B and C beside the gate and the norm.
             peak=max(2 * mixed + 2 * wide_mixed, mixed + 6 * rows_of_hidden) + memory,

@@ -185,7 +185,7 @@ class _Demand:
     flops: float
     rate: str
     element_bytes: int
-    weight_bytes: int
+    weight_bytes: float
     loaded: float
     params: int
     states: Mapping[int, float]

@@ -34,7 +34,8 @@ def _chunk_length(x: Tensor, A: Tensor) -> int:
 
 
 def _chunks(x: Tensor, A: Tensor) -> tuple[int, int]:
-    return work.selective_scan_chunks(*x.shape, A.shape[1])
+    batch, tokens, channels = x.shape
+    return work.selective_scan_chunks(batch, tokens, channels, A.shape[1])
 
 
 def _time_first(*tensors: Tensor) -> list[Tensor]:
