@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch
+from flops import counted_flops
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo
+from bench.bench_memory import DERIVED, HELD_OUT, TOLERANCE, measured, small
 from zoo.accounting import Tally, Workload, figures, metrics, parts, total
+from zoo.blocks.model import Spec
+from zoo.blocks.stack import Stack
 from zoo.errors import ZooError
+from zoo.model import Model, State
 from zoo.spec.document import load, parse, spec_names
+from zoo.testing.subject import tensors
+from zoo.train.module import loss_sum
 
+SPECS = [name for name in spec_names() if not name.startswith("spaces/")]
 LARGE = ("gpt3-175b", "mixtral-8x7b", "llama2-7b", "llama3-8b", "gemma2-2b")
-SMALL = [name for name in spec_names() if not name.startswith("spaces/") and name not in LARGE]
+SMALL = [name for name in SPECS if name not in LARGE]
+MEMORY = {name: case for name, case in small({**DERIVED, **HELD_OUT}) if "experts" not in name}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SPECS)
 def test_counted_parameters_are_those_of_the_built_module(name: str) -> None:
     spec = load(name)
     model = zoo.build(spec, device="meta")
@@ -53,6 +65,9 @@ def test_figures_follow_the_workload() -> None:
     assert one["state_token"] == 4 * 2 * spec.width * 4
     assert one["state"] == one["state_token"] * (spec.context + 1)
     assert one["train_flops"] > 2 * one["flops"]
+    # Gradients are read for their norm, read and written by clipping, and read by AdamW, which reads and writes weights
+    # and two moments.
+    assert one["train_traffic"] == 3 * one["traffic"] + 4 * (1 + 2 + 1 + 2 * 3) * one["params"]
 
 
 def test_experts_count_in_part() -> None:
@@ -65,19 +80,64 @@ def test_experts_count_in_part() -> None:
     assert one["embedding_params"] == 9 * 8
 
 
-def test_activations_are_what_the_allocator_records() -> None:
-    import torch
+@pytest.mark.parametrize("name", SPECS)
+def test_state_is_that_of_the_built_model(name: str) -> None:
+    spec = load(name)
+    model = zoo.build(spec, device="meta")
+    if not model.scope.causal:
+        assert metrics(spec)["state"] == 0
+        return
+    for past in (0, 3, spec.context):
+        tree = model.init_state(3, past + 1).tree
+        held = sum(tensor.nbytes for _, tensor in tensors(tree))
+        found = metrics(spec, Workload(batch=3, past=past))
+        assert found["state"] == held
 
-    from zoo.hardware.memory import cold_peak_bytes
 
-    text = "width: 64\nstem: {type: token, vocab: 64}\nhead: language_model\n"
-    spec = parse(text + "body: {layers: [{repeat: 2, of: {mixer: {type: attention, heads: 4}, channel: glu}}]}\n")
-    model = zoo.build(spec, seed=0).eval()
-    inputs = model.example_inputs(2, 128)
-    with torch.inference_mode():
-        model(inputs)
-        found = cold_peak_bytes(lambda: model(inputs))
-    assert metrics(spec, Workload(batch=2, seq=128))["activations"] == pytest.approx(found, rel=0.1)
+@pytest.mark.parametrize("name", SPECS)
+def test_flops_are_those_of_the_counter(name: str) -> None:
+    """Forward, decoding and a training step."""
+    spec, tokens = load(name), 96
+    # Where values decide what is computed there must be some, and each form of layer is enough. Others need no memory.
+    values = any(part.type in ("mamba2", "mohd") for _, part, _ in spec.fill().walk(spec.root()))
+    spec = short(spec) if values else spec
+    found = metrics(spec, Workload(seq=tokens, past=tokens))
+    with nullcontext() if values else FakeTensorMode():
+        model = (zoo.build(spec) if values else Model(spec)).eval()
+        inputs = model.example_inputs(1, tokens)
+        with torch.no_grad():
+            assert found["flops"] == pytest.approx(counted_flops(model, inputs), rel=0.005)
+        assert found["train_flops"] == pytest.approx(counted_flops(step, model, inputs), rel=0.005)
+        if model.head_kind == "language_model":
+            with torch.no_grad():
+                state = State(tokens, tokens + 1, model.init_state(1, tokens + 1).tree)
+                assert found["decode_flops"] == pytest.approx(
+                    counted_flops(model, inputs[:, :1], state=state), rel=0.005
+                )
+
+
+def short(spec: Spec) -> Spec:
+    """The same with one layer of each form."""
+    body = spec.body
+    assert isinstance(body, Stack)
+    return spec.model_copy(update={"body": body.model_copy(update={"layers": tuple(dict.fromkeys(body.layers))})})
+
+
+def step(model: Model, inputs: torch.Tensor) -> None:
+    """Forward and backward pass of training, as `zoo train` runs them."""
+    labels = torch.zeros(inputs.shape if model.head_kind == "language_model" else 1, dtype=torch.long)
+    output = model(inputs, labels=labels)
+    loss = output.loss if output.loss is not None else loss_sum(output.logits, labels, model.head_kind)[0]
+    loss.backward()
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_what_the_allocator_records(name: str) -> None:
+    """Forward, in a training step, and with checkpointing."""
+    spec, batch, tokens = MEMORY[name]
+    found = metrics(spec, Workload(batch=batch, seq=tokens))
+    for figure, bytes_held in measured(spec, batch, tokens).items():
+        assert found[figure] == pytest.approx(bytes_held, rel=TOLERANCE), figure
 
 
 def test_an_unknown_dtype_is_told() -> None:

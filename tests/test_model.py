@@ -16,8 +16,10 @@ from torch import Tensor
 
 import zoo
 from zoo.blocks.model import Spec
+from zoo.device import resolve_device
 from zoo.errors import ZooError
 from zoo.generate import choose
+from zoo.hardware.memory import peak_bytes
 from zoo.model import Model, build, load_model
 
 VOCAB = 13
@@ -217,6 +219,21 @@ class TestForward:
         assert (plain_calls, calls) == (1, 2)
         for name, gradient in plain.items():
             assert torch.equal(found[name], gradient), name
+
+    def test_what_checkpointing_recomputes_is_not_kept_by_a_loss(self) -> None:
+        def peak(balance: float) -> int:
+            moe = {"type": "moe", "experts": 2, "hidden": 8, "balance": balance}
+            body = {"layers": [{"mixer": {"type": "attention", "heads": 2}, "channel": moe}] * 6}
+            built = build(language_model(body=body, context=256)).set_checkpointing().train()
+            inputs = torch.zeros(2, 256, dtype=torch.long)
+
+            def step() -> None:
+                output = built(inputs)
+                (output.logits.sum() + sum(output.losses.values())).backward()
+
+            return peak_bytes(step, resolve_device("cpu", 1))
+
+        assert peak(0.1) < 1.1 * peak(0.0)
 
     def test_checkpointing_draws_the_same_dropout_again(self) -> None:
         layer = {"mixer": {"type": "attention", "heads": 2}, "residual": {"type": "pre", "dropout": 0.5}}

@@ -13,7 +13,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoo.component import Child, Component, Scope
-from zoo.cost import STREAMS, Call, Cost, Operator
+from zoo.cost import Call, Cost, Operator
 from zoo.errors import ZooError, did_you_mean
 from zoo.registry import Role
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 ALIASES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+TRAINED_BYTES = 4
+"""Bytes of a weight in training, of its gradient and of each of Adam's moments."""
+OPTIMIZER_PASSES = 10
+"""How often clipping and AdamW pass over all weights: the norm reads gradients, clipping reads and writes them, and an
+update reads weights, gradients and two moments and writes weights and moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,8 @@ class Tally(NamedTuple):
     `zoo.cost.Cost`.
     `state` is the state of the whole batch behind the last token, `state_token` what one more token of one sequence
     adds. `kept` is what a training step with checkpointing keeps until the backward pass: the inputs of layers, and
-    what other parts save; `recomputed` is what a layer then needs at once. Everything adds up but `peak` and
-    `recomputed`, of which the largest count.
+    what other parts save; `passing` is what it holds on top while a part runs forward, `recomputed` what a layer needs
+    at once when it is recomputed. Everything adds up but from `peak` on, where the largest count.
     """
 
     depth: int = 0
@@ -85,6 +91,9 @@ class Tally(NamedTuple):
     state_token: int = 0
     kept: float = 0.0
     peak: float = 0.0
+    forward_extra: float = 0.0
+    backward_extra: float = 0.0
+    passing: float = 0.0
     recomputed: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:  # type: ignore[override]
@@ -129,7 +138,11 @@ def tally(component: Component, scope: Scope, work: Workload, tokens: Call, toke
         state_token=state - before,
         kept=stream if is_layer else cost.saved,
         peak=cost.peak,
-        recomputed=cost.saved + max(0.0, cost.peak - STREAMS * stream) if is_layer else 0.0,
+        forward_extra=cost.rising,
+        backward_extra=cost.falling,
+        # Of the copies of the stream that a layer finds, its input is kept.
+        passing=cost.peak - stream if is_layer else cost.rising,
+        recomputed=cost.saved + max(cost.rising, cost.falling) if is_layer else 0.0,
     )
 
 
@@ -215,17 +228,22 @@ def total(spec: Spec, work: Workload | None = None) -> Tally:
 def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
     """The figures that budgets speak of, by name.
 
+    `train_traffic` is the bytes of a training step: those of a forward pass; twice as many of the backward pass, which
+    for each operand of an operator reads what the forward pass read and the gradient of its result, and writes a
+    gradient; and those of clipping and AdamW (`OPTIMIZER_PASSES`), in float32.
+
     `memory` is what inference holds at once: weights, the state, and the largest set of intermediate results.
-    `train_memory` is weights, gradients and Adam's two moments in float32, with all activations saved for the backward
-    pass. `train_memory_checkpointed` is the same if each layer is recomputed in the backward pass: the largest of what
-    is there at the end of the forward pass, at the beginning of the backward pass, which has no gradients yet, and at
-    its end.
+    `train_memory` is weights, Adam's two moments and gradients in float32, with all activations saved for the backward
+    pass: the larger of what is there at the end of the forward pass, together with the gradients of the step before,
+    and at the beginning of the backward pass, which has no gradients yet. `train_memory_checkpointed` is the same if
+    each layer is recomputed in the backward pass, whose end, with all gradients, then counts too.
     """
     depth, params, active, embedding, flops, backward, pointwise, traffic, saved, *rest = sum_of_parts
-    decode_flops, decode_traffic, state, state_token, kept, peak, recomputed = rest
+    decode_flops, decode_traffic, state, state_token, kept, peak, forward, behind, passing, recomputed = rest
     # Sums that come out of an array are floats.
     params, state = int(params), int(state)
     weights = params * work.element_bytes
+    tensors = TRAINED_BYTES * params
     return {
         "depth": int(depth),
         "params": params,
@@ -237,14 +255,15 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
         "decode_flops": decode_flops,
         "pointwise": pointwise,
         "traffic": traffic,
+        "train_traffic": 3 * traffic + OPTIMIZER_PASSES * tensors,
         "decode_traffic": decode_traffic,
         "state": state,
         "state_token": int(state_token),
         "activations": peak,
         "memory": weights + state + peak,
-        "train_memory": 4 * 4 * params + saved + peak,
+        "train_memory": saved + max(4 * tensors + forward, 3 * tensors + behind),
         "train_memory_checkpointed": max(
-            4 * 4 * params + max(recomputed, kept + peak), 3 * 4 * params + kept + recomputed
+            4 * tensors + max(kept + passing, recomputed), 3 * tensors + kept + recomputed
         ),
     }
 

@@ -15,13 +15,15 @@ from typing import NamedTuple, Self
 class Call:
     """The shape of one call: `tokens` new tokens for each of `batch` sequences that have seen `past` tokens before.
 
-    `element_bytes` is the size of an element of weights and activations.
+    `element_bytes` is the size of an element of weights and activations. `packed`: several sequences are laid end to
+    end, as training on short samples does.
     """
 
     batch: int = 1
     tokens: int = 1024
     past: int = 0
     element_bytes: int = 4
+    packed: bool = False
 
     @property
     def rows(self) -> int:
@@ -64,10 +66,14 @@ class Cost:
     traffic: bytes read and written, each operand of each fused operation once, forward.
     saved: bytes of activations that the backward pass needs.
     peak: bytes of intermediate results that are alive at once in a forward pass without gradients, beside the input.
+    forward_extra: bytes that a forward pass with gradients holds at once beyond `saved`; by default the peak.
+    backward_extra: the same of the backward pass, gradients of parameters aside; by default twice the peak, for the
+    gradients of a result and of what it was made of.
 
     kind, weights and steps say as what a device meets it, see `Operator`; a sum of costs has `parts` in their place.
 
-    `a + b` runs `b` after `a`: everything adds up, but of the peaks the larger counts.
+    `a + b` runs `b` after `a`: everything adds up, but of the peaks the larger counts. While a training step is at `a`,
+    what `b` saves is not there yet, or no more.
     """
 
     flops: float = 0.0
@@ -76,6 +82,8 @@ class Cost:
     traffic: float = 0.0
     saved: float = 0.0
     peak: float = 0.0
+    forward_extra: float | None = None
+    backward_extra: float | None = None
     kind: str = "other"
     weights: float = 0.0
     steps: float = 0.0
@@ -84,6 +92,16 @@ class Cost:
     @property
     def backward_flops(self) -> float:
         return 2 * self.flops if self.backward is None else self.backward
+
+    @property
+    def rising(self) -> float:
+        """`forward_extra`, known."""
+        return self.peak if self.forward_extra is None else self.forward_extra
+
+    @property
+    def falling(self) -> float:
+        """`backward_extra`, known."""
+        return 2 * self.peak if self.backward_extra is None else self.backward_extra
 
     @property
     def operators(self) -> tuple[Operator, ...]:
@@ -103,6 +121,8 @@ class Cost:
             traffic=self.traffic + other.traffic,
             saved=self.saved + other.saved,
             peak=max(self.peak, other.peak),
+            forward_extra=max(self.rising - other.saved, other.rising),
+            backward_extra=max(self.falling - other.saved, other.falling),
             parts=self.operators + other.operators,
         )
 
@@ -115,12 +135,15 @@ class Cost:
             traffic=self.traffic * times,
             saved=self.saved * times,
             peak=self.peak,
+            forward_extra=self.rising,
+            backward_extra=self.falling,
             parts=tuple(piece.repeated(times) for piece in self.operators),
         )
 
     def holding(self, extra: float) -> Cost:
-        """The same with `extra` bytes held throughout, as for a residual stream beside its branch."""
-        return replace(self, peak=self.peak + extra, parts=self.operators)
+        """The same with `extra` bytes held throughout a pass without gradients, as for a stream beside its branch."""
+        extras = {"forward_extra": self.rising, "backward_extra": self.falling}
+        return replace(self, peak=self.peak + extra, parts=self.operators, **extras)
 
 
 STREAMS = 4
@@ -148,4 +171,12 @@ def elementwise(
 ) -> Cost:
     """A map over `elements`: `operands` tensors read or written, `saved` of them kept for the backward pass."""
     size = elements * element_bytes
-    return Cost(pointwise=elements * operations, traffic=operands * size, saved=saved * size, peak=size, kind=kind)
+    return Cost(
+        pointwise=elements * operations,
+        traffic=operands * size,
+        saved=saved * size,
+        peak=size,
+        # Where nothing is saved the gradient of the result is that of what it was made of.
+        backward_extra=(operands if saved else 1) * size,
+        kind=kind,
+    )

@@ -180,6 +180,26 @@ def test_cost_counts(zoo: Runner) -> None:
     assert facts["metrics"]["weights"] == 2 * 124439808
 
 
+def test_weights_may_be_stored_in_fewer_bits(zoo: Runner) -> None:
+    asked = ("cost", "llama2-7b", "--dtype", "bf16", "--json")
+    plain, stored = zoo(*asked).json, zoo(*asked, "--weights", "int4").json
+    before, after = plain["metrics"], stored["metrics"]
+    assert after["weights"] == plain["detail"]["weights"]["int4"] < 0.27 * before["weights"]
+    assert before["memory"] - after["memory"] == before["weights"] - after["weights"]
+    # One step reads all weights but the table, of which it reads a row.
+    saved = before["decode_traffic"] - after["decode_traffic"]
+    assert saved == pytest.approx(before["weights"] - after["weights"], rel=0.03)
+    assert before.keys() == after.keys()
+
+
+def test_what_figures_are_made_of(zoo: Runner) -> None:
+    ran = zoo("cost", "mixtral-8x7b", "--detail")
+    assert ran.code == 0
+    for name in ("experts", "kv_heads", "channel", "int4", "keys"):
+        assert name in ran.out
+    assert "experts" not in zoo("cost", "mixtral-8x7b").out
+
+
 def test_the_least_time_on_a_device_that_is_not_there(zoo: Runner) -> None:
     ran = zoo("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16")
     assert ran.code == 0 and "roofline" in ran.out and "decode" in ran.out
@@ -273,7 +293,7 @@ def test_recorded_timings_are_printed_or_missed(zoo: Runner) -> None:
         (("cost", "gpt2", "--svg", "x.svg"), "--svg is about the picture of a roofline; give --roofline DEVICE too"),
         (("cost", "gpt2", "--roofline", "h100", "--plain", "--json"), "--plain is about the terminal"),
         (("cost", "gpt2", "--roofline", "h100", "--svg", "/nope/x.svg"), "/nope/x.svg: No such file"),
-        (("cost", "gpt2", "--weights", "int8"), "give --mesh too"),
+        (("cost", "gpt2", "--weights", "int9"), "unknown dtype 'int9' of weights; did you mean 'int8'?"),
         (("cost", "gpt2", "--mesh", "8"), "--mesh needs --device: a100"),
         (("cost", "gpt2", "--mesh", "8", "--device", "h100", "--measure"), "ask for one at a time"),
         (("cost", "gpt2", "--mesh", "0", "--device", "h100"), "'0' is not a mesh"),

@@ -230,7 +230,7 @@ def test_what_cannot_be_laid_out_says_what_could() -> None:
     with pytest.raises(ZooError, match="decodes nothing"):
         mesh_cost(load("vit-b16"), work(1), h100, 4, "decode")
     with pytest.raises(ZooError, match="did you mean 'int8'"):
-        mesh_cost(gpt2, work(1), h100, 4, "prefill", weights="int4")
+        mesh_cost(gpt2, work(1), h100, 4, "prefill", weights="int9")
 
 
 def test_no_torch_is_needed() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoo import kernels
 from zoo.errors import ZooError
+from zoo.kernels import work
 from zoo.kernels.cross_entropy import chunks
 from zoo.kernels.launch import without_gpu
 
@@ -170,7 +171,7 @@ def test_chunks(rows: int, vocab: int) -> None:
     x = torch.empty(rows, 512, device="meta")
     chunk = chunks.rows_of_chunk(rows, 512, vocab, x)
     assert chunk % chunks.MULTIPLE == 0 and chunk >= chunks.MULTIPLE
-    most = max(rows * 512, chunks.FEWEST_ELEMENTS, chunks.MULTIPLE * vocab)
+    most = max(rows * 512, work.CROSS_ENTROPY_ELEMENTS, chunks.MULTIPLE * vocab)
     assert (chunk - chunks.MULTIPLE) * vocab <= most
 
 

@@ -13,15 +13,15 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from zoo import kernels
 from zoo.errors import ZooError
-from zoo.kernels.scan import torch_path
+from zoo.kernels import work
 
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks even for the few tokens of a test."""
-    monkeypatch.setattr(torch_path, "_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(torch_path, "_LEAST_CHUNK", 4)
-    monkeypatch.setattr(torch_path, "_PIECE_ELEMENTS", 60)
+    monkeypatch.setattr(work, "SCAN_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(work, "LEAST_SCAN_CHUNK", 4)
+    monkeypatch.setattr(work, "SCAN_PIECE_ELEMENTS", 60)
 
 
 def inputs(batch: int = 2, tokens: int = 11, channels: int = 5, state_dim: int = 3) -> list[Tensor]:

@@ -232,20 +232,24 @@ class Attention(HeadMixer):
         children = dict(self.children(scope))
         norms = [(children.pop(f"{name}_norm"), n) for name, n in self.normed()]
         size = call.element_bytes
-        # The product keeps its own output, which is what the last projection reads.
-        last = children.pop("out").cost(call)
+        queries, keys = call.rows * heads * head_dim, call.batch * self.keys(call) * kv_heads * head_dim
+        last = children.pop("out").cost(call).holding(float(queries * size))
         reading = [children.pop(name).cost(call) for name in ("query", "key", "value", "gate") if name in children]
         total = of_one_input(reading, call.rows * scope.width * size)
-        total += replace(last, saved=last.saved - (self.gate is None) * call.rows * heads * head_dim * size)
-        for child in children.values():
-            total += child.cost(call)
         for norm, count in norms:
             total += norm.cost(call.with_tokens(call.tokens * count))
-        queries, keys = call.rows * heads * head_dim, call.batch * self.keys(call) * kv_heads * head_dim
+        for child in children.values():
+            total += child.cost(call)
         total += self.product(call)
-        if self.gate is not None:
-            total += elementwise(queries, call.element_bytes, operations=2, operands=3, saved=2)
-        return total.holding(float((queries + 2 * keys) * call.element_bytes))
+        if self.gate is None:
+            # The product keeps its own output, which is what the last projection reads, unless it joins it from blocks.
+            last = last if self.cut(call) else replace(last, saved=last.saved - queries * size)
+        else:
+            gates = float(queries if self.gate == "channel" else call.rows * heads) * size
+            multiplied = elementwise(queries, size, operations=2, operands=3, saved=0)
+            total += replace(multiplied, saved=gates).holding(queries * size + gates)
+            last = last.holding(gates)
+        return (total + last).holding(float((queries + 2 * keys) * size))
 
     def normed(self) -> list[tuple[str, int]]:
         """What is normalised, and how many heads it has."""
@@ -272,19 +276,39 @@ class Attention(HeadMixer):
         )
         pairs = flops / (4 * head_dim)
         whole = pairs == call.rows * keys * heads
-        moved = float((2 * call.rows * heads + 2 * call.batch * keys * kv_heads) * head_dim * size)
+        queries, shared = call.rows * heads * head_dim * size, call.batch * keys * kv_heads * head_dim * size
+        moved = 2.0 * (queries + shared)
         # Scores are in memory, in float32 or wider, only where a soft cap keeps them from the fused computation, which
         # in turn computes them once more in its backward pass.
         scores = 0.0 if self.softcap is None else pairs * max(4, size)
+        saved, peak = moved + call.rows * heads * max(4, size) + 2 * scores, queries + 3.0 * scores
+        if (cut := self.cut(call)) is not None:
+            # Keys and values are copied with zeros around them, and outputs of blocks are joined.
+            around = 2.0 * call.batch * (cut[1] - cut[0]) * kv_heads * head_dim * size
+            saved, peak = saved + around + self.masks(call, *cut), peak + queries + 2 * shared + around
         return Cost(
             flops=flops,
             backward=flops * (2.5 if self.softcap is None else 2.0),
             pointwise=pairs * (5 if self.softcap is None else 8),
             traffic=moved + 4 * scores,
-            saved=moved + 2 * scores,
-            peak=call.rows * heads * head_dim * size + 2 * scores,
+            saved=saved,
+            peak=peak,
+            forward_extra=peak,
+            backward_extra=moved + 2 * scores,
             kind="attention" if whole else "window_attention",
         )
+
+    def cut(self, call: Call) -> tuple[int, int] | None:
+        """Queries of a block and keys that it sees, where the product is computed in blocks."""
+        if self.softcap is not None:
+            return None
+        return work.attention_block(call.tokens, self.keys(call), self.window, bool(self.causal))
+
+    def masks(self, call: Call, block: int, seen: int) -> float:
+        """Bytes of what hides keys of each block from its queries, for each head where slopes differ."""
+        slopes = self.place.slopes(self.sizes[0])
+        rows = -(-call.tokens // block) * block * (1 if slopes is None else len(slopes))
+        return float(call.batch * rows * seen * call.element_bytes)
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from zoo import kernels
 from zoo.component import Child, Complaint, Component, Linear, Scope, Size
 from zoo.context import Context
 from zoo.cost import Call, Cost, elementwise
+from zoo.kernels import work
 from zoo.parameter import Axis
 from zoo.registry import Role, register
 
@@ -60,8 +62,30 @@ class LanguageModelHead(HeadBase):
         from zoo.blocks.linear import Dense
 
         inputs, outputs = Axis("width", scope.width), self.outputs(scope)
-        child = Component.project(self, scope.at(linear=Dense()), inputs, outputs) if self.tied else None
-        return child.cost(call) if child is not None else self.children_cost(scope, call)
+        linear = Dense() if self.tied else self.linear or scope.linear
+        project = Component.project(self, scope.at(linear=linear), inputs, outputs) if self.tied else None
+        cost = project.cost(call) if project is not None else self.children_cost(scope, call)
+        return self.loss(cost, scope, call, whole=type(linear) is Dense)
+
+    def loss(self, cost: Cost, scope: Scope, call: Call, *, whole: bool) -> Cost:
+        """What the head takes in training, where the loss is what is wanted of it.
+
+        With a `whole` matrix the loss computes its gradients, of the stream and of the matrix, chunk by chunk in the
+        forward pass, so that there are never more scores than a chunk's. Otherwise all scores stay for the loss.
+        """
+        size, wide, vocab = call.element_bytes, max(4, call.element_bytes), self.outputs(scope).size
+        stream, table = float(call.rows * scope.width * size), float(vocab * scope.width * wide)
+        if not whole:
+            scores = float(call.rows * vocab * wide)
+            return replace(cost, saved=cost.saved + scores, forward_extra=scores, backward_extra=2 * scores)
+        rows = min(call.rows, work.linear_cross_entropy_rows(call.rows, scope.width, vocab))
+        copies = int(size < wide) + 2 * int(self.softcap is not None)
+        return replace(
+            cost,
+            saved=2 * stream + table,
+            forward_extra=float(rows * vocab * (size + copies * wide)),
+            backward_extra=stream + table,
+        )
 
     def forward(self, module: Any, x: Tensor, ctx: Context, table: Tensor | None = None) -> Tensor:
         import torch.nn.functional as F

@@ -41,6 +41,7 @@ class Dense(Component):
             traffic=float((weights + call.rows * (inputs + outputs)) * call.element_bytes),
             saved=float(call.rows * inputs * call.element_bytes),
             peak=float(call.rows * outputs * call.element_bytes),
+            backward_extra=float(call.rows * (inputs + outputs) * call.element_bytes),
             kind="linear",
             weights=float(weights * call.element_bytes),
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo import kernels
 from zoo.blocks.attention import HeadMixer, usual_heads
 from zoo.component import Child, Complaint, Norm, Scope, Size, Traits
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost, elementwise
+from zoo.cost import Call, Cost, elementwise, of_one_input
 from zoo.kernels import work
 from zoo.parameter import Axis, Parameter, StateTensor
 from zoo.registry import Role, register
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+FEATURES_SAVED = {"elu1": 3, "relu": 1, "silu": 1, "identity": 0}
+"""Tensors of queries or keys that the backward pass of each feature map needs."""
+DECAYS: dict[str | None, Literal["none", "fixed", "learned"]] = {None: "none", "fixed": "fixed", "data": "learned"}
+"""What each decay is to the recurrence."""
 LEAST_SUM = 1e-6
 """Keeps the division by the sum of the weights finite; weights are of the order of one."""
 
@@ -139,18 +144,37 @@ class LinearAttention(HeadMixer):
 
     def cost(self, scope: Scope, call: Call) -> Cost:
         heads, key_dim, value_dim = self.sizes
-        children = dict(self.children(scope))
-        norm = children.pop("head_norm", None)
-        total = sum((child.cost(call) for child in children.values()), Cost())
-        if norm is not None:
-            total += norm.cost(call.with_tokens(call.tokens * heads))
+        children, size = dict(self.children(scope)), call.element_bytes
+        norm, position, out = (children.pop(name, None) for name in ("head_norm", "position", "out"))
+        assert out is not None
         keys, values = call.rows * heads * key_dim, call.rows * heads * value_dim
-        total += elementwise(2 * keys, call.element_bytes, operations=2) + self.reading(call, value_dim)
+        total = of_one_input((child.cost(call) for child in children.values()), call.rows * scope.width * size)
+        total += elementwise(2 * keys, size, operations=2, saved=FEATURES_SAVED[self.feature_map])
+        held = 2.0 * keys + values
+        if position is not None:
+            # Queries and keys stay as they were before they are turned.
+            total += position.cost(call)
+            held += 2 * keys
+        total += self.reading(call, value_dim)
         if self.normaliser == "sum":
-            total += self.reading(call, 1) + elementwise(values, call.element_bytes, operations=2, operands=3)
+            sums = self.reading(call, 1)
+            # The values are ones, whose gradient would have needed the scores.
+            sums = replace(sums, saved=sums.saved - self.scores(call))
+            total += sums + elementwise(values, size, operations=2, operands=3)
+        elif norm is not None:
+            total += norm.cost(call.with_tokens(call.tokens * heads)).holding(values * size)
         if self.gate:
-            total += elementwise(values, call.element_bytes, operations=5, operands=3, saved=2)
-        return total.holding(float((2 * keys + values) * call.element_bytes))
+            total += elementwise(values, size, operations=5, operands=3, saved=3).holding(2 * values * size)
+        total = (total + out.cost(call).holding(values * size)).holding(held * size)
+        # Copies are saved of what is read; itself it is there until the end.
+        return replace(total, forward_extra=held * size + call.rows * scope.width * size)
+
+    def scores(self, call: Call) -> float:
+        """Bytes of the scores that a recurrence keeps."""
+        if not self.causal and self.decay is None and not call.packed:
+            return 0.0
+        pairs = call.rows * min(work.CHUNK, call.tokens)
+        return float(pairs * self.sizes[0] * max(4, call.element_bytes))
 
     def reading(self, call: Call, value_dim: int) -> Cost:
         """What one pass over values of `value_dim` channels takes."""
@@ -159,27 +183,39 @@ class LinearAttention(HeadMixer):
         wide = max(4, call.element_bytes)
         moved = float(call.rows * heads * (2 * key_dim + 2 * value_dim) * wide)
         memory = float(call.batch * heads * key_dim * value_dim * wide)
-        if not self.causal and self.decay is None:
+        keys, values = (float(call.rows * heads * dim * wide) for dim in (key_dim, value_dim))
+        scores = self.scores(call)
+        if not scores:
             return Cost(
                 flops=4.0 * call.rows * heads * key_dim * value_dim,
                 traffic=moved + 2 * memory,
-                saved=moved + memory,
-                peak=memory + call.rows * heads * value_dim * wide,
+                saved=2 * keys + values + memory,
+                peak=memory + 2 * values,
+                backward_extra=2 * keys + 2 * values,
                 kind="whole_attention",
             )
         chunk = min(work.CHUNK, call.tokens)
-        scores = float(call.rows * chunk * heads * wide)
         memories = memory * -(-call.tokens // chunk)
+        shape = (call.batch, call.tokens, heads, heads, key_dim, value_dim)
         one = Cost(
-            flops=work.recurrence_flops(call.batch, call.tokens, heads, heads, key_dim, value_dim),
+            flops=work.recurrence_flops(*shape),
+            backward=work.recurrence_backward_flops(*shape),
             pointwise=call.rows * chunk * heads * (1.0 if self.decay is None else 4.0) + memories / wide,
             traffic=moved + 2 * scores + 3 * memories,
-            saved=moved + scores * (1 if self.decay is None else 3) + memories,
-            peak=2 * scores + 2 * memories + call.rows * heads * value_dim * wide,
+            saved=wide * work.recurrence_saved(*shape, decays=DECAYS[self.decay]) + (self.decay == "data") * values,
+            peak=values + wide * work.recurrence_working(*shape),
+            # The outputs of chunks, and all of them joined; going back, gradients of these and of what entered.
+            forward_extra=2 * values,
+            backward_extra=2 * keys + 2 * values,
             kind="recurrence" if self.decay is None else "decayed_recurrence",
             steps=-(-call.tokens // chunk),
         )
-        return one if self.causal else one * 2
+        if self.causal:
+            return one
+        # Backwards on turned copies, beside what a token weighs itself.
+        own = elementwise(call.rows * heads * value_dim, wide, operations=2, operands=3)
+        own = replace(own, saved=2 * keys + values)
+        return (one * 2).holding(2 * keys + values) + own
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None

@@ -11,7 +11,7 @@ from pydantic import Field
 from zoo import kernels
 from zoo.component import Child, Complaint, Component, Linear, Positive, Scope, Size, Traits
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost
+from zoo.cost import Call, Cost, of_one_input
 from zoo.kernels import work
 from zoo.parameter import Axis, Initializer, Parameter, StateTensor, ones, uniform
 from zoo.registry import Role, register
@@ -174,18 +174,32 @@ class Mamba(StateSpace):
         memory = batch * hidden * self.state_dim * wide
         convolution = work.causal_convolution_pointwise(batch, tokens, hidden, self.conv_kernel)
         scan = work.selective_scan_pointwise(batch, tokens, hidden, self.state_dim)
+        chunk, piece = work.selective_scan_chunks(batch, tokens, hidden, self.state_dim)
+        kept = -(-tokens // chunk) * memory
+        small, long = channels * call.element_bytes, channels * wide
         own = Cost(
             flops=work.selective_scan_flops(batch, tokens, hidden, self.state_dim),
             # Behind the convolution: its nonlinearity, offset and softplus of the steps, skip and gate.
             pointwise=convolution + scan + 9 * channels,
             # Convolution and its tail, step sizes, x, z and the output of the scan, and the memory in and out.
             traffic=(8 * channels + 2 * batch * (self.conv_kernel - 1) * hidden) * call.element_bytes + 2 * memory,
-            saved=4 * channels * call.element_bytes + 2 * channels * wide,
-            peak=3 * channels * call.element_bytes + 3 * channels * wide + 2 * memory,
+            # The convolution's input, twice, and output before its nonlinearity; steps before and behind softplus; z,
+            # silu(z) and what that multiplies; and a state for each chunk of the scan.
+            saved=6 * small + 2 * long + kept,
+            # At the scan: x, z and steps, copies of both with time first, the output twice, decays and states.
+            peak=2 * small + 5 * long + (2 * piece + 2) * memory,
+            forward_extra=3 * long + 2 * piece * memory,
+            # At the scan's backward pass, which finds the gradient of the skip: x, steps and the gradient with time
+            # first, the gradients of x and steps twice; decays, states and their gradients. The gate's are gone.
+            backward_extra=small + 7 * long + 3 * chunk * memory,
             kind="selective_scan",
             steps=tokens,
         )
-        return self.children_cost(scope, call) + own
+        children = {name: child.cost(call) for name, child in self.children(scope).items()}
+        out, stream = children.pop("out"), call.rows * scope.width * call.element_bytes
+        of_stream = of_one_input([children.pop(name) for name in ("x", "z")], stream)
+        steps = children.pop("dt")
+        return of_stream + of_one_input(children.values(), small) + steps + own + out
 
     def forward(
         self, module: Any, u: Tensor, ctx: Context, state: StateTree | None = None

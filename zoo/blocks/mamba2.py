@@ -12,7 +12,7 @@ from zoo import kernels
 from zoo.blocks.mamba import StateSpace
 from zoo.component import Child, Complaint, Positive, Scope, Size, Traits
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost
+from zoo.cost import Call, Cost, of_one_input
 from zoo.kernels import work
 from zoo.parameter import Axis, Parameter, StateTensor, ones
 from zoo.registry import Role, register
@@ -126,29 +126,33 @@ class Mamba2(StateSpace):
     def cost(self, scope: Scope, call: Call) -> Cost:
         hidden, convolved, batch, tokens = self.hidden_axis.size, sum(self.convolved()), call.batch, call.tokens
         wide, chunk = max(4, call.element_bytes), min(self.chunk, call.tokens)
+        chunked: dict[str, Any] = {"chunk": self.chunk, "decays": "learned"}
         memory = batch * hidden * self.state_dim * wide
-        # One score for each head and pair of tokens of a chunk, and one memory for each chunk.
-        scores = call.rows * chunk * self.heads * wide
-        memories = -(-tokens // chunk) * memory
+        rows_of_hidden, mixed = call.rows * hidden * call.element_bytes, call.rows * convolved * call.element_bytes
+        wide_mixed = call.rows * convolved * wide
         convolution = work.causal_convolution_pointwise(batch, tokens, convolved, self.conv_kernel)
+        shape = (batch, tokens, self.groups, self.heads, self.state_dim, self.head_dim)
         own = Cost(
-            flops=work.recurrence_flops(
-                batch, tokens, self.groups, self.heads, self.state_dim, self.head_dim, chunk=self.chunk
-            ),
+            flops=work.recurrence_flops(*shape, chunk=self.chunk),
+            backward=work.recurrence_backward_flops(*shape, chunk=self.chunk),
             # Nonlinearity of the convolution; step, skip, gate and norm of each channel; decays of each pair.
             pointwise=convolution + call.rows * (2 * convolved + 11 * hidden + (4 + 3 * chunk) * self.heads),
             traffic=(call.rows * (3 * convolved + 7 * hidden) + 2 * batch * (self.conv_kernel - 1) * convolved)
             * call.element_bytes
             + 2 * memory,
-            saved=call.element_bytes * call.rows * (4 * convolved + 7 * hidden) + 4 * scores + 2 * memories,
-            peak=call.element_bytes * call.rows * (convolved + 2 * hidden)
-            + wide * call.rows * (convolved + hidden)
-            + 2 * scores
-            + 2 * memories,
+            # The convolution's input, twice, its output before the nonlinearity and behind it; values; z, silu(z) and
+            # what it multiplies, and the product before and behind the norm.
+            saved=3 * mixed + wide_mixed + 6 * rows_of_hidden + wide * work.recurrence_saved(*shape, **chunked),
+            # Of the convolution two sums of taps beside both inputs; or x, B and C beside the gate and the norm.
+            peak=max(2 * mixed + 2 * wide_mixed, mixed + 6 * rows_of_hidden) + memory,
+            forward_extra=rows_of_hidden,
+            backward_extra=4 * rows_of_hidden,
             kind="ssd",
             steps=-(-tokens // chunk),
         )
-        return self.children_cost(scope, call) + own
+        children = {name: child.cost(call) for name, child in self.children(scope).items()}
+        out = children.pop("out")
+        return of_one_input(children.values(), call.rows * scope.width * call.element_bytes) + own + out
 
     def forward(
         self, module: Any, u: Tensor, ctx: Context, state: StateTree | None = None

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
-from zoo.blocks.activations import gated
+from zoo.blocks.activations import gated, gated_cost
 from zoo.blocks.linear import Dense
 from zoo.blocks.mlp import GLU, MLP, Ratio
 from zoo.component import Activation, Child, Complaint, Component, Scope, Size, Traits, slots
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost, elementwise
+from zoo.cost import Call, Cost
 from zoo.errors import ZooError
 from zoo.parameter import Axis, Parameter, normal
 from zoo.registry import Role, register
@@ -119,11 +119,13 @@ class MatFormer(Component):
             traffic=float((width * self.running + call.rows * width + hidden) * matrices * size),
             saved=float((call.rows * width + hidden) * size),
             peak=float(call.rows * width * size),
+            backward_extra=float((call.rows * width + hidden) * size),
             kind="nested",
             weights=float(width * self.running * matrices * size),
         )
-        gate = elementwise(hidden, size, operands=3, saved=2) if self.gated else Cost()
-        return (self.children_cost(scope, call) + products + gate).holding(float(hidden * (matrices - 1) * size))
+        activation = self.children(scope)["activation"]
+        bent = gated_cost(activation, self.running, call) if self.gated else activation.cost(call)
+        return (bent + products.holding(float(hidden * size))).holding(float(hidden * (matrices - 1) * size))
 
     def forward(
         self,

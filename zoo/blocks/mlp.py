@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field
 
-from zoo.blocks.activations import gated
+from zoo.blocks.activations import gated, gated_cost
 from zoo.component import Activation, Child, Complaint, Component, Linear, Scope, Share, Size, Traits
 from zoo.context import Context, StateTree
-from zoo.cost import Call, Cost, elementwise, of_one_input
+from zoo.cost import Call, Cost, of_one_input
 from zoo.parameter import Axis
 from zoo.registry import Role, register
 
@@ -142,13 +142,11 @@ class GLU(Plain):
 
     def cost(self, scope: Scope, call: Call) -> Cost:
         hidden = call.rows * self.hidden_axis.size
-        product = elementwise(hidden, call.element_bytes, operands=3, saved=2)
-        children = dict(self.children(scope))
-        widening = [children.pop(name).cost(call) for name in ("gate", "up")]
+        children = self.children(scope)
+        widening = [children[name].cost(call) for name in ("gate", "up")]
         total = of_one_input(widening, call.rows * scope.width * call.element_bytes)
-        for child in children.values():
-            total += child.cost(call)
-        return (total + product).holding(2.0 * hidden * call.element_bytes)
+        total += gated_cost(children["activation"], self.hidden_axis.size, call) + children["down"].cost(call)
+        return total.holding(2.0 * hidden * call.element_bytes)
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zoo import kernels
@@ -52,7 +53,9 @@ class Pooling(Component):
         dimensions = 1 if scope.causal else len(scope.grid)
         operations = self.size**dimensions + 2
         elements = call.rows * scope.width
-        return elementwise(elements, call.element_bytes, operations=operations, operands=3, saved=0, kind="pooling")
+        cost = elementwise(elements, call.element_bytes, operations=operations, operands=3, saved=0, kind="pooling")
+        # Padded inputs, and one sum while the next is made; going back, the gradients of all of these.
+        return replace(cost.holding(2 * cost.peak), backward_extra=5 * cost.peak)
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None

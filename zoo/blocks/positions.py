@@ -70,7 +70,9 @@ class Rotary(PositionBase):
         return int(head_dim * self.fraction) // 2 * 2
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return elementwise(2 * call.rows * scope.width, call.element_bytes, operations=3, saved=0, kind="rotary")
+        turned = elementwise(2 * call.rows * scope.width, call.element_bytes, operations=3, saved=0, kind="rotary")
+        # The halves of the pairs of the last that is turned, before they are laid side by side.
+        return turned.holding(turned.peak / 2)
 
     def rotate(self, q: Tensor, k: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         dim = self.dim(q.shape[-1])

@@ -44,8 +44,9 @@ class ResidualBase(Component):
         return {f"{b}_scale": Parameter((width,), constant(self.layer_scale), decay=False) for b in scope.branches}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        operations = 1 + int(self.layer_scale is not None)
-        add = elementwise(call.rows * scope.width, call.element_bytes, operations=operations, operands=3, saved=0)
+        scaled = int(self.layer_scale is not None)
+        elements, size = call.rows * scope.width, call.element_bytes
+        add = elementwise(elements, size, operations=1 + scaled, operands=3, saved=scaled)
         return self.children_cost(scope, call) + add * len(scope.branches)
 
     def scaled(self, module: Any, branch: str, y: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain, count
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -73,7 +74,10 @@ class Layer(Component):
         return found | {"residual": Child(self.residual, inner.at(branches=self.branches))}
 
     def cost(self, scope: Scope, call: Call) -> Cost:
-        return self.children_cost(scope, call).holding(float(STREAMS) * call.rows * scope.width * call.element_bytes)
+        stream = float(call.rows * scope.width * call.element_bytes)
+        total = self.children_cost(scope, call)
+        # The gradient of the stream waits beside a branch's backward pass.
+        return replace(total.holding(STREAMS * stream), backward_extra=total.falling + stream)
 
     def forward(
         self, module: Any, x: Tensor, ctx: Context, state: StateTree | None = None
@@ -113,7 +117,7 @@ class Layered(Component):
             if ctx.checkpointing and state is None and module.training:
                 from torch.utils.checkpoint import checkpoint
 
-                x, inside = checkpoint(layer, x, ctx, None, use_reentrant=False)
+                x, inside = checkpoint(recomputable(layer, ctx), x, use_reentrant=False)
             else:
                 x, inside = layer(x, ctx, (state or {}).get(name))
             if inside is not None:
@@ -316,6 +320,20 @@ def coarser(ctx: Context, x: Tensor, grid: tuple[int, ...]) -> Context:
 
     positions = torch.arange(x.shape[1], device=x.device)
     return replace(ctx, grid=grid if len(grid) > 1 else (x.shape[1],), positions=positions)
+
+
+def recomputable(layer: Any, ctx: Context) -> Callable[[Tensor], tuple[Tensor, StateTree | None]]:
+    """A layer's call that adds auxiliary losses the first time only.
+
+    Those of a recomputation are of no use, and would hold on to all that was recomputed.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():
+        # A graph recomputes by itself and runs this once.
+        return lambda x: layer(x, ctx, None)
+    contexts = chain([ctx], (replace(ctx, losses={}) for _ in count()))
+    return lambda x: layer(x, next(contexts), None)
 
 
 def in_turn(group: str, parts: tuple[Component, ...], scope: Scope) -> dict[str, Child]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -117,7 +118,10 @@ class PatchStem(StemBase):
     def cost(self, scope: Scope, call: Call) -> Cost:
         children = dict(self.children(scope))
         patches = call.with_tokens(math.prod(self.out(scope).grid))
-        return children.pop("project").cost(patches) + sum((c.cost(call) for c in children.values()), Cost())
+        project = children.pop("project").cost(patches)
+        # Nobody asks for the gradient of an image.
+        project = replace(project, backward=project.flops)
+        return project + sum((child.cost(call) for child in children.values()), Cost())
 
     def forward(self, module: Any, images: Tensor, ctx: Context) -> Tensor:
         import torch

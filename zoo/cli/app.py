@@ -135,8 +135,12 @@ def cost(
         typer.Option(help="Also the least time on so many of --device, such as 8 or 4x4x4, and the best layout."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="What --mesh stores weights in, such as int8; by default --dtype.")
+        str | None, typer.Option(help="What weights are stored in, such as int8 or int4; by default --dtype.")
     ] = None,
+    detail: Annotated[
+        bool,
+        typer.Option(help="Also parameters by part and axis, weights by what they are stored in, states by tensor."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Count parameters, FLOPs, bytes and state from the specification alone."""
@@ -146,7 +150,22 @@ def cost(
     drawing = Drawing.asked(roofline, picture, plain, svg, json)
     meshed = OnMesh.asked(device, mesh, weights, measure)
     measured_on, predicted_on = device if measure else None, device if predict else None
-    print_cost(spec, batch, seq, past, dtype, layers, measured_on, roofline, json, drawing, meshed, predicted_on)
+    print_cost(
+        spec,
+        batch,
+        seq,
+        past,
+        dtype,
+        weights,
+        layers,
+        detail,
+        measured_on,
+        roofline,
+        json,
+        drawing,
+        meshed,
+        predicted_on,
+    )
 
 
 @app.command()

@@ -37,8 +37,6 @@ class OnMesh:
         from zoo.hardware.profile import profile_names
 
         if mesh is None:
-            if weights is not None:
-                raise ZooError("--weights says what --mesh stores weights in; give --mesh too")
             return None
         if measure:
             raise ZooError("--device names the chips of --mesh and the machine of --measure; ask for one at a time")

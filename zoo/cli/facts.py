@@ -236,7 +236,9 @@ def print_cost(
     seq: int | None,
     past: int | None,
     dtype: str,
+    weights: str | None,
     layers: bool,
+    detail: bool,
     device: str | None,
     bound_by: str | None,
     as_json: bool,
@@ -246,15 +248,19 @@ def print_cost(
 ) -> None:
     """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least.
 
-    With a drawing also the roofline as a picture, and with a mesh the least times on that.
+    With a drawing also the roofline as a picture, and with a mesh the least times on that; in `detail` what parameters,
+    weights and states are made of.
     """
     from zoo.accounting import Workload, figures, parts
+    from zoo.breakdown import breakdown
     from zoo.spec.document import load
 
     spec = load(name)
     work = Workload(batch, seq, past, dtype).at(spec.context)
     tallies = [(path, component, tally) for path, component, tally in parts(spec.fill(), work)]
     total = figures(_sum(tally for _, _, tally in tallies), work)
+    if weights is not None:
+        total |= _stored(spec, work, weights, total)
     measured = {} if device is None else dict(_measured(spec, work, device))
     least = {} if bound_by is None else _rooflines(spec, work, bound_by)
     predictions = [] if predict_on is None else predicted(spec, work, predict_on)
@@ -264,7 +270,7 @@ def print_cost(
         rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
         facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
         bounds = {"roofline": {phase: _bounds(parts) for phase, parts in least.items()}, "mesh": mesh_facts(meshes)}
-        print_json({**facts, **bounds, "predicted": prediction_facts(predictions)})
+        print_json({**facts, "detail": breakdown(spec, work), **bounds, "predicted": prediction_facts(predictions)})
         return
     if layers:
         columns = ("params", "flops", "traffic", "state", "activations")
@@ -277,9 +283,14 @@ def print_cost(
             ),
             right=range(2, 7),
         )
-    title = f"{spec.name or name}: batch {work.batch}, {work.seq} tokens, decoding behind {work.past}, {work.dtype}"
+    stored = "" if weights is None else f", weights in {weights}"
+    title = (
+        f"{spec.name or name}: batch {work.batch}, {work.seq} tokens, decoding behind {work.past}, {work.dtype}{stored}"
+    )
     rows = [(key, shown(key, value), f"{value:,.0f}") for key, value in total.items() if key in METRIC_DIMENSIONS]
     print_table(title, ("counted", "", "exactly"), rows, right=(1, 2))
+    if detail:
+        _print_detail(breakdown(spec, work))
     if least:
         from zoo.quantity import format_quantity
 
@@ -303,6 +314,33 @@ def print_cost(
             for phase, row in measured.items()
         ]
         print_table(f"measured on {device}", ("", "median", "5%", "95%"), times, right=(1, 2, 3))
+
+
+def _stored(spec: Spec, work: Workload, format: str, total: Mapping[str, float]) -> dict[str, float]:
+    """The figures that change where matrices are stored in another format than the workload's."""
+    from zoo.breakdown import quantised_traffic, stored_weights
+
+    weights = stored_weights(spec, format, kept=work.dtype).bytes
+    memory = total["memory"] - total["weights"] + weights
+    return {"weights": weights, "memory": memory, "decode_traffic": quantised_traffic(spec, work, format)}
+
+
+DETAIL = {
+    "parts": ("parameters in", "count"),
+    "axes": ("parameters with an axis", "count"),
+    "weights": ("weights stored in", "bytes"),
+    "state": ("state", "bytes"),
+}
+"""What a table of `--detail` is about, and the dimension of its numbers."""
+
+
+def _print_detail(found: Mapping[str, Mapping[str, int]]) -> None:
+    from zoo.quantity import format_quantity
+
+    for name, (title, dimension) in DETAIL.items():
+        rows = [(key, format_quantity(value, dimension), f"{value:,}") for key, value in found[name].items()]  # type: ignore[arg-type]
+        if rows:
+            print_table("", (title, "", "exactly"), rows, right=(1, 2))
 
 
 def _rooflines(spec: Spec, work: Workload, name: str) -> dict[str, list[Bounded]]:

@@ -20,12 +20,14 @@ METRIC_DIMENSIONS = {
     "decode_flops": "flops",
     "pointwise": "flops",
     "traffic": "bytes",
+    "train_traffic": "bytes",
     "decode_traffic": "bytes",
     "state": "bytes",
     "state_token": "bytes",
     "activations": "bytes",
     "memory": "bytes",
     "train_memory": "bytes",
+    "train_memory_checkpointed": "bytes",
 }
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 MeshPhase = Literal["prefill", "decode"]
 
-WEIGHT_BYTES: Mapping[str, int] = {**ELEMENT_BYTES, "int8": 1}
-"""Bytes of a weight by the dtype it is stored in; activations and arithmetic keep the workload's."""
+WEIGHT_BYTES: Mapping[str, float] = {**ELEMENT_BYTES, "int8": 1, "int4": 0.5}
+"""Bytes of a weight by the dtype it is stored in, scales left out; activations and arithmetic keep the workload's."""
 MOST_CHIPS = 2**16
 
 
@@ -129,7 +129,7 @@ def mesh_cost(
 
     `mesh` is a number of chips, in whatever arrangement, or the sizes of its axes, each of which is used whole.
     `prefill` reads `work.seq` tokens of each sequence, `decode` one more behind `work.past`. `weights` is the dtype
-    that weights are stored in, by default the workload's; `int8` takes one byte each.
+    that weights are stored in, by default the workload's; `int8` takes one byte each, `int4` half.
 
     Weights stay, cut in one dimension or two, or are gathered over some of the chips with the batch cut among these.
     States are cut by head, of which each chip holds a whole number, or by sequence; states that do not grow with the
@@ -185,7 +185,7 @@ class _Demand:
     flops: float
     rate: str
     element_bytes: int
-    weight_bytes: int
+    weight_bytes: float
     loaded: float
     params: int
     states: Mapping[int, float]

@@ -8,12 +8,30 @@ primitive is computed live here too, and the PyTorch paths read them from here, 
 from __future__ import annotations
 
 from math import log2
+from typing import Literal
 
 CHUNK = 64
 """Tokens that the recurrence computes together, unless the caller says otherwise."""
 
 LEAST_BLOCK = 32
 """The shortest block of queries that windowed attention computes together."""
+
+SCAN_CHUNK_ELEMENTS = 1 << 18
+"""States of a chunk of the selective scan, in numbers."""
+
+LEAST_SCAN_CHUNK = 16
+"""Tokens that a chunk of the selective scan has at least, however large its states: only one state in so many is kept
+for the backward pass."""
+
+SCAN_PIECE_ELEMENTS = 1 << 17
+"""States that the selective scan's forward pass computes together: these, as many decays and what a step reads again
+should fit a core's second-level cache with room to spare."""
+
+CROSS_ENTROPY_ELEMENTS = 2**22
+"""Logits that linear cross entropy computes together on a CPU: what its caches hold."""
+
+CROSS_ENTROPY_MULTIPLE = 64
+"""Its chunks have a multiple of so many rows, which matrix units like."""
 
 
 def attention_block(tokens: int, keys: int, window: int | None, causal: bool) -> tuple[int, int] | None:
@@ -100,6 +118,48 @@ def recurrence_backward_flops(
     return chunks * (2 * within + channels * sums) + (4 * chunks - 3) * across
 
 
+def recurrence_saved(
+    batch: int,
+    tokens: int,
+    groups: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk: int = CHUNK,
+    decays: Literal["none", "fixed", "learned"] = "none",
+) -> int:
+    """Numbers that `recurrence` keeps for its backward pass, beside the values and decays that it was given, with one
+    mild decay for each head; its output is not among them.
+
+    Each chunk keeps the scores of its pairs and the memory that enters it, and copies of queries, keys and values
+    wherever several groups have to be laid apart. Decays scale a copy of the values; where they are `learned`, outputs
+    and memories are kept before they are scaled too.
+    """
+    if tokens <= 1:
+        return batch * tokens * (2 * groups * key_dim + heads * value_dim)
+    chunk = min(chunk, tokens)
+    chunks = -(-tokens // chunk)
+    rows = batch * chunks * chunk
+    memories = batch * chunks * heads * key_dim * value_dim
+    values = rows * heads * value_dim
+    kept = rows * groups * chunk + memories
+    kept += 2 * rows * groups * key_dim if groups > 1 else 0
+    kept += values if groups > 1 or decays != "none" else 0
+    return kept + (values + memories if decays == "learned" else 0)
+
+
+def recurrence_working(
+    batch: int, tokens: int, groups: int, heads: int, key_dim: int, value_dim: int, *, chunk: int = CHUNK
+) -> int:
+    """Numbers that `recurrence` holds at once while it computes a chunk without gradients, beside its whole output:
+    copies of what enters the chunk, its scores, its output twice and two memories.
+    """
+    chunk = min(chunk, tokens)
+    entering = 2 * groups * key_dim + heads * value_dim
+    return batch * (chunk * (entering + groups * chunk + 2 * heads * value_dim) + 2 * heads * key_dim * value_dim)
+
+
 def _of_a_chunk(
     batch: int, tokens: int, groups: int, heads: int, key_dim: int, value_dim: int, chunk: int
 ) -> tuple[int, int, int, int]:
@@ -158,6 +218,15 @@ def selective_scan_flops(batch: int, tokens: int, channels: int, state_dim: int)
     return 2 * batch * channels * state_dim if tokens == 1 else 0
 
 
+def selective_scan_chunks(batch: int, tokens: int, channels: int, state_dim: int) -> tuple[int, int]:
+    """Tokens of a chunk of `selective_scan`, of which one state is kept for the backward pass, and tokens that the
+    forward pass computes at once.
+    """
+    state = max(1, batch * channels * state_dim)
+    chunk = max(1, min(tokens, max(LEAST_SCAN_CHUNK, SCAN_CHUNK_ELEMENTS // state)))
+    return chunk, max(1, min(chunk, SCAN_PIECE_ELEMENTS // state))
+
+
 def selective_scan_pointwise(batch: int, tokens: int, channels: int, state_dim: int) -> int:
     """Element-wise operations of `selective_scan`: for each state element the decay's product and exponential, the
     update's two products, a multiplication and an addition for the state, and two for the output.
@@ -207,6 +276,13 @@ def linear_cross_entropy_flops(rows: int, width: int, vocab: int, *, gradients: 
     `weight` that are asked for. The backward pass of a sum or a mean has none.
     """
     return 2 * (1 + gradients) * rows * width * vocab
+
+
+def linear_cross_entropy_rows(rows: int, width: int, vocab: int, elements: int = CROSS_ENTROPY_ELEMENTS) -> int:
+    """Rows to a chunk, such that its logits are no larger than `x` is or than `elements`, and chunks are alike."""
+    most = -(-max(rows * width, elements) // vocab)
+    chunks = max(1, -(-rows // max(most, CROSS_ENTROPY_MULTIPLE)))
+    return -(-rows // chunks // CROSS_ENTROPY_MULTIPLE) * CROSS_ENTROPY_MULTIPLE or CROSS_ENTROPY_MULTIPLE
 
 
 def transform_length(least: int) -> int:

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
+from zoo.kernels import work
 from zoo.kernels.checks import at_least_float32
+from zoo.kernels.work import CROSS_ENTROPY_MULTIPLE as MULTIPLE
 
 ELEMENTS = {"cuda": 2**27}
-"""Logits of a chunk by kind of device: enough rows to keep a GPU's matrix units busy with any vocabulary."""
-FEWEST_ELEMENTS = 2**22
-"""The same for other devices: what their caches hold."""
-MULTIPLE = 64
-"""A chunk has a multiple of so many rows, which matrix units like."""
+"""Logits of a chunk by kind of device, where there may be more than on a CPU: enough rows to keep a GPU's matrix units
+busy with any vocabulary."""
 
 Shape = tuple[int, ...]
 
@@ -64,10 +63,8 @@ def linear_cross_entropy(
 
 
 def rows_of_chunk(rows: int, width: int, vocab: int, x: Tensor) -> int:
-    """Rows to a chunk, such that it is no larger than `x` is or than a device can use, and chunks are alike."""
-    most = -(-max(rows * width, ELEMENTS.get(x.device.type, FEWEST_ELEMENTS)) // vocab)
-    chunks = max(1, -(-rows // max(most, MULTIPLE)))
-    return -(-rows // chunks // MULTIPLE) * MULTIPLE or MULTIPLE
+    """Rows to a chunk on the device of `x`."""
+    return work.linear_cross_entropy_rows(rows, width, vocab, ELEMENTS.get(x.device.type, work.CROSS_ENTROPY_ELEMENTS))
 
 
 def _chunked(

@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of a chunk's states. However large the states, a chunk has so many tokens: only one state in so many is kept
-# for the backward.
-_CHUNK_ELEMENTS = 1 << 18
-_LEAST_CHUNK = 16
-# Elements of the states that the forward computes together: these, as many decays and what a step reads again should
-# fit a core's second-level cache with room to spare.
-_PIECE_ELEMENTS = 1 << 17
+from zoo.kernels import work
 
 
 def selective_scan(
@@ -36,8 +30,12 @@ def selective_scan(
 
 
 def _chunk_length(x: Tensor, A: Tensor) -> int:
-    batch, tokens, _ = x.shape
-    return max(1, min(tokens, max(_LEAST_CHUNK, _CHUNK_ELEMENTS // max(1, batch * A.numel()))))
+    return _chunks(x, A)[0]
+
+
+def _chunks(x: Tensor, A: Tensor) -> tuple[int, int]:
+    batch, tokens, channels = x.shape
+    return work.selective_scan_chunks(batch, tokens, channels, A.shape[1])
 
 
 def _time_first(*tensors: Tensor) -> list[Tensor]:
@@ -88,8 +86,7 @@ def _forward(
     `[chunks, batch, state_dim, channels]`.
     """
     batch, tokens, channels = x.shape
-    length = _chunk_length(x, A)
-    piece = max(1, min(length, _PIECE_ELEMENTS // max(1, batch * A.numel())))
+    length, piece = _chunks(x, A)
     kept = x.new_empty(_kept(x, A, differentiated), batch, A.shape[1], channels)
     if tokens == 0:
         return torch.empty_like(x), state.clone(), kept
