@@ -28,10 +28,14 @@ class ActivationBase(Component):
         return None
 
 
+def kernel_of(activation: Any) -> str | None:
+    """What `gated_activation` calls the component `activation`; None where it does not know it."""
+    return activation.kernel() if isinstance(activation, ActivationBase) else None
+
+
 def gated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
     """`activation(gate) * up` with the built `activation`, in one pass where a kernel knows it."""
-    component = getattr(activation, "component", None)
-    kind = component.kernel() if isinstance(component, ActivationBase) else None
+    kind = kernel_of(getattr(activation, "component", None))
     return activation(gate) * up if kind is None else kernels.gated_activation(gate, up, kind=kind)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from zoo import kernels
+from zoo.blocks.activations import gated
 from zoo.blocks.mlp import GLU, MLP, FeedForward
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
@@ -191,8 +192,9 @@ class MixtureOfExperts(FeedForward):
 
     def _experts(self, module: Any, x: Tensor, by_expert: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The experts' networks, given how rows are multiplied by their expert's weight."""
-        h = module.activation(by_expert(x, module.gate if self.gated else module.up))
-        return by_expert(times(h, by_expert(x, module.up)) if self.gated else h, module.down)
+        up = by_expert(x, module.up)
+        h = gated(module.activation, by_expert(x, module.gate), up) if self.gated else module.activation(up)
+        return by_expert(h, module.down)
 
 
 def scored(logits: Tensor, scores: Scores) -> Tensor:
@@ -220,13 +222,6 @@ def imbalance(scores: Tensor, chosen: Tensor) -> Tensor:
     ones = torch.ones_like(chosen, dtype=scores.dtype).flatten()
     share = scores.new_zeros(options).scatter_add(0, chosen.flatten(), ones) / chosen.numel()
     return options * (share * normalized(scores).mean(dim=0)).sum()
-
-
-def times(gate: Tensor, up: Tensor) -> Tensor:
-    """`gate * up`, in the place of `gate` where nothing is kept for a backward pass: no fresh memory to be cleared."""
-    import torch
-
-    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
 
 def inverse(order: Tensor) -> Tensor:

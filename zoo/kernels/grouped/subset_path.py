@@ -11,6 +11,7 @@ from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -18,8 +19,16 @@ from zoo.errors import ZooError
 from zoo.kernels.grouped.operators import empty_gradient
 from zoo.kernels.work import subset_matmul_flops
 
-LEAST_RUN = 24
-"""The mean number of rows from which on it pays to lay the blocks of a subset together."""
+
+def least_run(width: int) -> int:
+    """The mean number of rows from which on it pays to lay blocks of `width` inputs together; zoo/kernels/grouped has
+    the measurements.
+
+    Laying a block together moves `width` numbers for each output, once for all rows of a run; handing the products of
+    single blocks to their rows moves a few for each output and row. Very deep products lose less by being cut.
+    """
+    return min(48, 3 * width // 8)
+
 
 Shape = tuple[int, ...]
 
@@ -40,7 +49,7 @@ def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) 
 def _subset_sums(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     runs = _runs(subsets, weight)
-    if _long(runs):
+    if _long(runs, weight.shape[2]):
         x = x.flatten(1)
         for low, high, joined in _joined(runs, weight):
             torch.mm(x[low:high], joined.T, out=out[low:high])
@@ -55,7 +64,7 @@ def _subset_sums(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
 def _subset_parts(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     out = x.new_empty(*subsets.shape, weight.shape[2])
     runs = _runs(subsets, weight)
-    if _long(runs):
+    if _long(runs, weight.shape[2]):
         # Deep products are faster on weights by rows, by more than it takes to transpose each block once.
         weight = weight.contiguous()
         flat = out.flatten(1)
@@ -72,7 +81,7 @@ def _subset_outer(wide: Tensor, narrow: Tensor, weight: Tensor, subsets: Tensor)
     """The gradient of `weight`, of which no number is read: for each block the sum of its rows' outer products."""
     out = empty_gradient(weight).zero_()
     runs = _runs(subsets, weight)
-    if _long(runs):
+    if _long(runs, weight.shape[2]):
         narrow, none = narrow.flatten(1), [-1] * subsets.shape[1]
         joined, parts = _side_by_side(weight, subsets.shape[1])
         joined.zero_()
@@ -95,13 +104,13 @@ def _runs(subsets: Tensor, weight: Tensor) -> list[Run]:
     low, high = (int(end) for end in subsets.aminmax())
     if low < 0 or high >= blocks:
         raise ZooError(f"subset_matmul: subsets are from {low} to {high}, expected 0 to {blocks - 1}, blocks of weight")
-    starts = (subsets[1:] != subsets[:-1]).any(1).nonzero().flatten() + 1
-    edges = [0, *starts.tolist(), rows]
-    return [Run(*ends, taken) for ends, taken in zip(pairwise(edges), subsets[edges[:-1]].tolist(), strict=True)]
+    starts = F.pad((subsets[1:] != subsets[:-1]).any(1).nonzero().flatten() + 1, (1, 0))
+    ends = pairwise([*starts.tolist(), rows])
+    return [Run(*each, taken) for each, taken in zip(ends, subsets[starts].tolist(), strict=True)]
 
 
-def _long(runs: list[Run]) -> bool:
-    return not runs or runs[-1].high >= LEAST_RUN * len(runs)
+def _long(runs: list[Run], width: int) -> bool:
+    return not runs or runs[-1].high >= least_run(width) * len(runs)
 
 
 def _joined(runs: list[Run], weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -123,6 +132,16 @@ def _side_by_side(weight: Tensor, taken: int) -> tuple[Tensor, list[Tensor]]:
     joined = weight.new_empty((outputs, taken * width) if by_rows else (taken * width, outputs))
     joined = joined if by_rows else joined.T
     return joined, [joined[:, slot * width : (slot + 1) * width] for slot in range(taken)]
+
+
+def _by_outputs(weight: Tensor) -> Tensor:
+    """`weight` laid out as its shape says. PyTorch transposes a matrix tile by tile, but not a batch of them."""
+    if weight.is_contiguous():
+        return weight
+    out = weight.new_empty(weight.shape)
+    for block, source in zip(out, weight):
+        block.copy_(source)
+    return out
 
 
 def _takers(subsets: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
