@@ -22,6 +22,7 @@ from zoo.blocks.mlp import GLU, MLP
 from zoo.blocks.mohd import MixtureOfHiddenDimensions
 from zoo.component import Component
 from zoo.cost import Call
+from zoo.hardware.memory import cold_peak_bytes
 from zoo.registry import Role
 
 
@@ -198,6 +199,19 @@ def test_counts_of_training(gated: bool, fusion: bool, activation: Any) -> None:
     assert saved == pytest.approx(cost.saved, rel=0.05)
     backward = counted_flops(lambda: torch.autograd.grad(y.sum(), [x, *mohd.weights.values()]))
     assert backward == pytest.approx(cost.backward_flops, rel=0.005)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize("hidden", [48, 256])
+def test_peak_is_what_the_allocator_records(gated: bool, fusion: bool, hidden: int) -> None:
+    mohd = built(MixtureOfHiddenDimensions(hidden=hidden, gated=gated, fusion=fusion), place(width=64))
+    x = draw(2, 600, 64)
+    with torch.inference_mode():
+        mohd(x)
+        found = cold_peak_bytes(lambda: mohd(x))
+    cost = mohd.component.cost(mohd.scope, Call(batch=2, tokens=600, element_bytes=8))
+    assert found == pytest.approx(cost.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("training", [False, True])

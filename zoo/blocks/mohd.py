@@ -174,9 +174,13 @@ class MixtureOfHiddenDimensions(FeedForward):
             kind="fusion",
         )
         total = self.children_cost(scope, call) + router + gathered + numbers + blocks + product + scattered
-        # Inputs and outputs of the nonlinearity beside the active channels.
-        peak = float((pairs * subdim + rows * hidden * maps) * size)
-        return replace(total + fusion if self.fusion else total, peak=peak)
+        # Throughout there are the scores, the choices, and for each pair two numbers and a weight, and what is active.
+        # Beside them either both ends of the nonlinearity, or one of its inputs, its output and what is made of that,
+        # or the latter with its place in the stream, before and after fusion.
+        held = rows * (routed * size + self.top_k * (size + 8)) + pairs * (size + 16 + subdim * size)
+        ends = pairs * subdim + rows * width * (2 if self.fusion else 1)
+        peak = held + size * max(rows * hidden * maps, 2 * rows * hidden + pairs * subdim, ends)
+        return replace(total + fusion if self.fusion else total, peak=float(peak))
 
     def forward(
         self,
@@ -209,17 +213,22 @@ class MixtureOfHiddenDimensions(FeedForward):
         subdim = x.shape[-1] // self.subdims
         picked = taken(rows.reshape(-1, subdim), parts) * weights[..., None].to(x.dtype)
 
-        def widened(name: str) -> Tensor:
-            return kernels.subset_matmul(picked, getattr(module, name).mT, active)
-
-        up = widened("up")
-        h = gated(module.activation, widened("gate"), up) if self.gated else module.activation(up)
-        y = kernels.subset_matmul(h, module.down, active, transposed=True).to(x.dtype)
+        y = self._active(module, picked, active).to(x.dtype)
         y = y.new_zeros(len(rows) * self.subdims, subdim).index_copy_(0, parts.flatten(), y.flatten(0, 1))
         y = y.view_as(rows)
         if self.fusion:
             y = kernels.block_diagonal_matmul(y, module.fusion.mT, interleaved=True)
         return y.reshape(x.shape), None
+
+    def _active(self, module: Any, x: Tensor, active: Tensor) -> Tensor:
+        """The network on the sub-dimensions `active` `[rows, taken]`, `[rows, taken, subdim]` to the same shape."""
+
+        def widened(name: str) -> Tensor:
+            return kernels.subset_matmul(x, getattr(module, name).mT, active)
+
+        up = widened("up")
+        h = gated(module.activation, widened("gate"), up) if self.gated else module.activation(up)
+        return kernels.subset_matmul(h, module.down, active, transposed=True)
 
 
 def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:
