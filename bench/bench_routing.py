@@ -10,10 +10,10 @@ gradients, of all parameters and of the input, but a stream of its own width: th
 a wider one and puts them back is part of what may come on top, as are the routers and the fusion of `mohd`, whose
 parameters, less than 0.5% of what is active, are not in the dense layer's size.
 
-A step of training is compared, in which gradients are made and dropped; they are not added to those of the turn before.
-What is freed stays with the process (`keep_memory`): whether a tensor of 16 MiB gets memory whose pages the kernel has to
-clear first hangs on what else was freed before, differs from turn to turn and between layers in one process, and costs
-as much as a fifth of a dense layer.
+Gradients are made and dropped, as by a step of training, not added to those of the turn before. What is freed stays
+with the process (`keep_memory`): whether a tensor of 16 MiB gets memory whose pages the kernel has to clear first hangs
+on what else was freed before, differs from turn to turn and from layer to layer, and costs up to a fifth of a dense
+layer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 def keep_memory() -> None:
-    """Let the C library give nothing back to the kernel, where it is glibc; elsewhere times are those of its own way."""
+    """Let the C library give nothing back to the kernel if it is glibc; another one has its own way."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_max = -1, -4
         library.mallopt(trim_threshold, 2**31 - 1)
