@@ -35,8 +35,8 @@ class Factored(Component):
 
 def whole_matrix(mohd: Built, name: str) -> Tensor:
     """A map over the full width, `[hidden, width]` or for `down` `[width, hidden]`."""
-    blocks = mohd.weights[name]
-    return blocks.transpose(1, 2).flatten(0, 1) if name == "down" else blocks.flatten(0, 1).T
+    whole = mohd.weights[name].flatten(0, 1)
+    return whole if name == "down" else whole.T
 
 
 def masked(mohd: Built, x: Tensor) -> Tensor:

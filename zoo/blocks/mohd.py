@@ -135,7 +135,7 @@ class MixtureOfHiddenDimensions(FeedForward):
         found = {"router": Parameter((routed, width), normal(std))}
         found |= {name: Parameter((subdims, subdim, hidden), normal(std), active=active) for name in self.widening}
         residual = normal(std / math.sqrt(scope.depth))
-        found["down"] = Parameter((subdims, hidden, subdim), residual, active=active)
+        found["down"] = Parameter((subdims, subdim, hidden), residual, active=active)
         if self.fusion:
             found["fusion"] = Parameter((subdim, subdims, subdims), _identity, decay=False)
         return found
@@ -228,7 +228,7 @@ class MixtureOfHiddenDimensions(FeedForward):
 
         up = widened("up")
         h = gated(module.activation, widened("gate"), up) if self.gated else module.activation(up)
-        return kernels.subset_matmul(h, module.down, active, transposed=True)
+        return kernels.subset_matmul(h, module.down.mT, active, transposed=True)
 
 
 def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:

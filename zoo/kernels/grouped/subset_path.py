@@ -30,6 +30,9 @@ def least_run(width: int) -> int:
     return min(48, 3 * width // 8)
 
 
+_APART = 16
+"""Numbers between the rows of blocks that are laid together."""
+
 Shape = tuple[int, ...]
 
 
@@ -65,8 +68,6 @@ def _subset_parts(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     out = x.new_empty(*subsets.shape, weight.shape[2])
     runs = _runs(subsets, weight)
     if _long(runs, weight.shape[2]):
-        # Deep products are faster on weights by rows, by more than it takes to transpose each block once.
-        weight = weight.contiguous()
         flat = out.flatten(1)
         for low, high, joined in _joined(runs, weight):
             torch.mm(x[low:high], joined, out=flat[low:high])
@@ -129,19 +130,11 @@ def _side_by_side(weight: Tensor, taken: int) -> tuple[Tensor, list[Tensor]]:
     """Room for blocks in columns, laid out as `weight` is, and the part of each."""
     _, outputs, width = weight.shape
     by_rows = weight.stride(-1) == 1
-    joined = weight.new_empty((outputs, taken * width) if by_rows else (taken * width, outputs))
+    rows, columns = (outputs, taken * width) if by_rows else (taken * width, outputs)
+    # Rows that are a power of two apart would share few places in the cache.
+    joined = weight.new_empty(rows, columns + _APART)[:, :columns]
     joined = joined if by_rows else joined.T
     return joined, [joined[:, slot * width : (slot + 1) * width] for slot in range(taken)]
-
-
-def _by_outputs(weight: Tensor) -> Tensor:
-    """`weight` laid out as its shape says. PyTorch transposes a matrix tile by tile, but not a batch of them."""
-    if weight.is_contiguous():
-        return weight
-    out = weight.new_empty(weight.shape)
-    for block, source in zip(out, weight):
-        block.copy_(source)
-    return out
 
 
 def _takers(subsets: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
