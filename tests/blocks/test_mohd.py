@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,16 +16,27 @@ from places import Built, built, complaints, context, draw, place
 from tolerance import assert_close
 from torch import Tensor
 
-from zoo.blocks.activations import NoActivation
+from zoo.blocks.activations import GELU, NoActivation, SiLU
+from zoo.blocks.linear import Dense
 from zoo.blocks.mlp import GLU, MLP
 from zoo.blocks.mohd import MixtureOfHiddenDimensions
+from zoo.component import Component
 from zoo.cost import Call
+from zoo.hardware.memory import cold_peak_bytes
+from zoo.registry import Role
+
+
+class Factored(Component):
+    """A linear map that is not dense; it is never built."""
+
+    type: ClassVar[str] = "factored"
+    role: ClassVar[Role] = Role.LINEAR
 
 
 def whole_matrix(mohd: Built, name: str) -> Tensor:
     """A map over the full width, `[hidden, width]` or for `down` `[width, hidden]`."""
-    blocks = mohd.weights[name]
-    return blocks.transpose(1, 2).flatten(0, 1) if name == "down" else blocks.flatten(0, 1).T
+    whole = mohd.weights[name].flatten(0, 1)
+    return whole if name == "down" else whole.T
 
 
 def masked(mohd: Built, x: Tensor) -> Tensor:
@@ -165,6 +177,43 @@ def test_counts(gated: bool, fusion: bool, tokens: int) -> None:
     assert active["router"] == 1
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize("activation", [SiLU(), GELU()])
+def test_counts_of_training(gated: bool, fusion: bool, activation: Any) -> None:
+    component = MixtureOfHiddenDimensions(hidden=96, gated=gated, fusion=fusion, activation=activation)
+    mohd = built(component, place(width=64))
+    cost = mohd.component.cost(mohd.scope, Call(batch=2, tokens=40, element_bytes=8))
+    x = draw(2, 40, 64).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = {weight.untyped_storage().data_ptr() for weight in mohd.weights.values()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = mohd(x)
+    saved = sum(size for place, size in kept.items() if place not in parameters)
+    assert saved == pytest.approx(cost.saved, rel=0.05)
+    backward = counted_flops(lambda: torch.autograd.grad(y.sum(), [x, *mohd.weights.values()]))
+    assert backward == pytest.approx(cost.backward_flops, rel=0.005)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize("hidden", [48, 256])
+def test_peak_is_what_the_allocator_records(gated: bool, fusion: bool, hidden: int) -> None:
+    mohd = built(MixtureOfHiddenDimensions(hidden=hidden, gated=gated, fusion=fusion), place(width=64))
+    x = draw(2, 600, 64)
+    with torch.inference_mode():
+        mohd(x)
+        found = cold_peak_bytes(lambda: mohd(x))
+    cost = mohd.component.cost(mohd.scope, Call(batch=2, tokens=600, element_bytes=8))
+    assert found == pytest.approx(cost.peak, rel=0.1)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_whole(training: bool) -> None:
     torch._dynamo.reset()
@@ -182,6 +231,13 @@ def test_half_precision_and_meta() -> None:
     x = draw(2, 6, 16, dtype=torch.bfloat16)
     assert mohd(x).dtype == torch.bfloat16
     assert mohd.module.to("meta")(x.to("meta"), context(x), None)[0].shape == x.shape
+
+
+def test_other_linear_maps_must_be_kept_out() -> None:
+    scope = place(linear=Factored())
+    [complaint] = complaints(MixtureOfHiddenDimensions(), scope)
+    assert complaint.startswith("linear: factored cannot take the place") and "`linear: dense`" in complaint
+    assert complaints(MixtureOfHiddenDimensions(linear=Dense()), scope) == []
 
 
 def test_what_does_not_fit() -> None:

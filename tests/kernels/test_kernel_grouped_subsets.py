@@ -67,7 +67,8 @@ def test_is_each_row_by_itself(transposed: bool, rows: int, taken: int) -> None:
 def test_long_runs(transposed: bool, by_rows: bool) -> None:
     subsets = long_runs()
     x, weight = operands(subsets, transposed, by_rows)
-    assert subset_path._long(subset_path._runs(subsets, weight)) and len(subset_path._runs(subsets, weight)) == 3
+    runs = subset_path._runs(subsets, weight)
+    assert len(runs) == 3 and subset_path._long(runs, WIDTH)
     assert_close(product(subsets, transposed)(x, weight), one_by_one(x, weight, subsets, transposed))
     assert_agrees("subset_matmul", product(subsets, transposed), x, weight)
 

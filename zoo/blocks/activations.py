@@ -28,17 +28,20 @@ class ActivationBase(Component):
         return None
 
 
+def kernel_of(activation: Any) -> str | None:
+    """What `gated_activation` calls the component `activation`; None where it does not know it."""
+    return activation.kernel() if isinstance(activation, ActivationBase) else None
+
+
 def gated_cost(activation: Child, hidden: int, call: Call) -> Cost:
     """What `gated` takes for `hidden` channels of each token. In one pass only what enters is kept for the backward."""
-    fused = isinstance(activation.component, ActivationBase) and activation.component.kernel() is not None
-    product = elementwise(call.rows * hidden, call.element_bytes, operands=3, saved=1 if fused else 2)
-    return activation.cost(call) + product
+    saved = 2 if kernel_of(activation.component) is None else 1
+    return activation.cost(call) + elementwise(call.rows * hidden, call.element_bytes, operands=3, saved=saved)
 
 
 def gated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
     """`activation(gate) * up` with the built `activation`, in one pass where a kernel knows it."""
-    component = getattr(activation, "component", None)
-    kind = component.kernel() if isinstance(component, ActivationBase) else None
+    kind = kernel_of(getattr(activation, "component", None))
     return activation(gate) * up if kind is None else kernels.gated_activation(gate, up, kind=kind)
 
 

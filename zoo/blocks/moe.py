@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from zoo import kernels
+from zoo.blocks.activations import gated
 from zoo.blocks.mlp import GLU, MLP, FeedForward
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
@@ -20,6 +21,8 @@ from zoo.registry import Role, register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from zoo.kernels.grouped import Routing
 
 Scores = Literal["softmax", "sigmoid"]
 Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -148,7 +151,9 @@ class MixtureOfExperts(FeedForward):
         rows = x.reshape(-1, x.shape[-1])
         logits = F.linear(rows, module.router)
         probabilities = scored(logits, self.scores)
-        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        routing = kernels.route(probabilities, self.top_k)
+        chosen = routing.chosen
+        weights = probabilities.gather(-1, chosen)
         if module.training and self.balance:
             ctx.add_loss("balance", self.balance * imbalance(probabilities, chosen))
         if module.training and self.z_loss:
@@ -156,43 +161,42 @@ class MixtureOfExperts(FeedForward):
         if self.renormalize:
             weights = normalized(weights)
         run = self._limited if module.training and self.capacity is not None else self._all
-        found, where, kept = run(module, rows, chosen)
+        found, where, kept = run(module, rows, routing)
         weights = weights * self.scale if kept is None else weights * self.scale * kept
         y = summed(found, where, weights.to(found.dtype)).view_as(x)
         return (y + module.shared(x, ctx, None)[0] if self.shared else y), None
 
-    def _all(self, module: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What its `chosen` experts `[rows, top_k]` make of each token of `x` `[rows, width]`.
+    def _all(self, module: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the chosen experts make of each token of `x` `[rows, width]`.
 
         Returns the experts' outputs `[pairs, width]` in their own order, where those of each token are among them
         `[rows, top_k]`, and which of these are kept, None for all.
         """
-        order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
 
         def by_expert(rows: Tensor, weight: Tensor) -> Tensor:
-            return kernels.grouped_matmul(rows, weight, offsets)
+            return kernels.grouped_matmul(rows, weight, routing.offsets)
 
-        y = self._experts(module, taken(x, order // self.top_k), by_expert)
-        return y, inverse(order).view_as(chosen), None
+        # Both maps and the backward pass read these rows: taken once that is less work than by each product's `source`.
+        return self._experts(module, taken(x, routing.order // self.top_k), by_expert), routing.place, None
 
-    def _limited(self, module: Any, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _limited(self, module: Any, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         """The same within the experts' capacity: each has as many rows as that, whether they are needed or not."""
         import torch
 
         assert self.capacity is not None
-        pairs = chosen.numel()
+        chosen, pairs = routing.chosen, routing.chosen.numel()
         places = min(x.shape[0], math.ceil(self.capacity * pairs / self.experts))
-        order, offsets = kernels.sort_by_group(chosen.flatten(), self.experts)
-        filled = offsets[:-1, None] + torch.arange(places, device=x.device)
-        token = order[filled.clamp(max=pairs - 1)] // self.top_k
+        filled = routing.offsets[:-1, None] + torch.arange(places, device=x.device)
+        token = routing.order[filled.clamp(max=pairs - 1)] // self.top_k
         y = self._experts(module, taken(x, token), lambda rows, weight: rows @ weight.transpose(1, 2))
-        place = inverse(order).view_as(chosen) - offsets[chosen]
+        place = routing.place - routing.offsets[chosen]
         return y.flatten(0, 1), chosen * places + place.clamp(max=places - 1), place < places
 
     def _experts(self, module: Any, x: Tensor, by_expert: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The experts' networks, given how rows are multiplied by their expert's weight."""
-        h = module.activation(by_expert(x, module.gate if self.gated else module.up))
-        return by_expert(times(h, by_expert(x, module.up)) if self.gated else h, module.down)
+        up = by_expert(x, module.up)
+        h = gated(module.activation, by_expert(x, module.gate), up) if self.gated else module.activation(up)
+        return by_expert(h, module.down)
 
 
 def scored(logits: Tensor, scores: Scores) -> Tensor:
@@ -220,20 +224,6 @@ def imbalance(scores: Tensor, chosen: Tensor) -> Tensor:
     ones = torch.ones_like(chosen, dtype=scores.dtype).flatten()
     share = scores.new_zeros(options).scatter_add(0, chosen.flatten(), ones) / chosen.numel()
     return options * (share * normalized(scores).mean(dim=0)).sum()
-
-
-def times(gate: Tensor, up: Tensor) -> Tensor:
-    """`gate * up`, in the place of `gate` where nothing is kept for a backward pass: no fresh memory to be cleared."""
-    import torch
-
-    return gate * up if torch.is_grad_enabled() else gate.mul_(up)
-
-
-def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
-    import torch
-
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def taken(x: Tensor, rows: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from zoo import kernels
+from zoo.blocks.activations import gated, kernel_of
+from zoo.blocks.linear import Dense
 from zoo.blocks.mlp import FeedForward
-from zoo.blocks.moe import Coefficient, Scores, imbalance, normalized, scored, taken, times
+from zoo.blocks.moe import Coefficient, Scores, imbalance, normalized, scored, taken
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
 from zoo.cost import Call, Cost, elementwise
@@ -75,6 +77,7 @@ class MixtureOfHiddenDimensions(FeedForward):
     """Weight of the loss for even use of the routed sub-dimensions."""
     activation: Activation | None = None
     linear: Linear | None = None
+    """`dense`, which its maps are; where the model sets another, that has to be said here."""
 
     def is_gated(self) -> bool:
         return self.gated
@@ -88,6 +91,13 @@ class MixtureOfHiddenDimensions(FeedForward):
 
     def check(self, scope: Scope) -> Iterator[Complaint]:
         yield from super().check(scope)
+        linear = self.inner(scope).linear
+        if not isinstance(linear, Dense):
+            yield Complaint(
+                "linear",
+                f"{linear.type} cannot take the place of the maps of mohd, whose blocks each token chooses; set "
+                "`linear: dense` here to keep it out of this layer",
+            )
         if scope.width % self.subdims:
             fits = next(n for n in range(self.subdims, 0, -1) if scope.width % n == 0)
             yield Complaint(
@@ -125,41 +135,52 @@ class MixtureOfHiddenDimensions(FeedForward):
         found = {"router": Parameter((routed, width), normal(std))}
         found |= {name: Parameter((subdims, subdim, hidden), normal(std), active=active) for name in self.widening}
         residual = normal(std / math.sqrt(scope.depth))
-        found["down"] = Parameter((subdims, hidden, subdim), residual, active=active)
+        found["down"] = Parameter((subdims, subdim, hidden), residual, active=active)
         if self.fusion:
             found["fusion"] = Parameter((subdim, subdims, subdims), _identity, decay=False)
         return found
 
     def cost(self, scope: Scope, call: Call) -> Cost:
         rows, width, hidden, size = call.rows, scope.width, self.hidden_axis.size, call.element_bytes
-        subdim, routed, matrices = self.subdim(scope).size, self.routed.size, len(self.widening) + 1
+        subdim, routed, maps = self.subdim(scope).size, self.routed.size, len(self.widening) + 1
         pairs = rows * (self.shared + self.top_k)
         used = self.shared + routed * (1 - (1 - self.top_k / max(1, routed)) ** rows)
         router = Cost(
             flops=2.0 * rows * width * routed,
             traffic=float((routed * width + rows * (width + routed)) * size),
+            saved=float(rows * width * size),
             kind="router",
         ) + elementwise(rows * routed, size, operations=5)
+        # What is active, before and after its weights, and the numbers of the pairs, of 64 bits: where each lies, and
+        # of which sub-dimension it is.
+        gathered = replace(elementwise(pairs * subdim, size, operands=3, saved=2), peak=0.0)
+        numbers = Cost(saved=2.0 * pairs * 8)
         blocks = Cost(
-            flops=2.0 * pairs * subdim * hidden * matrices,
-            traffic=float((used * subdim * hidden + pairs * (subdim + hidden)) * matrices * size),
-            saved=float(pairs * (subdim + hidden) * size),
+            flops=2.0 * pairs * subdim * hidden * maps,
+            traffic=float((used * subdim * hidden + pairs * subdim + rows * hidden) * maps * size),
+            saved=float(rows * hidden * size),
             kind="subdimensions",
-            weights=used * subdim * hidden * matrices * size,
+            weights=used * subdim * hidden * maps * size,
             steps=used,
         )
-        sums = elementwise(pairs * hidden, size, saved=0) * len(self.widening)
-        product = elementwise(rows * hidden, size, operands=3, saved=2) if self.gated else Cost()
-        ends = elementwise(rows * width, size, operations=2, operands=4)
+        # Beside the gate, which the activation counts; in one pass with it only the other factor.
+        kept = 2 if kernel_of(self.inner(scope).activation) is None else 1
+        product = elementwise(rows * hidden, size, operands=3, saved=kept) if self.gated else Cost()
+        scattered = replace(elementwise(rows * width, size, operands=3), saved=float(pairs * subdim * size))
         fusion = Cost(
             flops=2.0 * rows * width * self.subdims,
             traffic=float((width * self.subdims + 2 * rows * width) * size),
             saved=float(rows * width * size),
             kind="fusion",
         )
-        total = self.children_cost(scope, call) + router + blocks + sums + product + ends
-        peak = float((pairs * hidden + rows * (hidden * len(self.widening) + width)) * size)
-        return replace(total + fusion if self.fusion else total, peak=peak)
+        total = self.children_cost(scope, call) + router + gathered + numbers + blocks + product + scattered
+        # Throughout there are the scores, the choices, and for each pair two numbers and a weight, and what is active.
+        # Beside them either both ends of the nonlinearity, or one of its inputs, its output and what is made of that,
+        # or the latter with its place in the stream, before and after fusion.
+        held = rows * (routed * size + self.top_k * (size + 8)) + pairs * (size + 16 + subdim * size)
+        ends = pairs * subdim + rows * width * (2 if self.fusion else 1)
+        peak = held + size * max(rows * hidden * maps, 2 * rows * hidden + pairs * subdim, ends)
+        return replace(total + fusion if self.fusion else total, peak=float(peak))
 
     def forward(
         self,
@@ -192,17 +213,22 @@ class MixtureOfHiddenDimensions(FeedForward):
         subdim = x.shape[-1] // self.subdims
         picked = taken(rows.reshape(-1, subdim), parts) * weights[..., None].to(x.dtype)
 
-        def widened(name: str) -> Tensor:
-            return kernels.subset_matmul(picked, getattr(module, name).mT, active)
-
-        h = module.activation(widened("gate" if self.gated else "up"))
-        h = times(h, widened("up")) if self.gated else h
-        y = kernels.subset_matmul(h, module.down, active, transposed=True).to(x.dtype)
-        y = torch.zeros_like(rows).view(-1, subdim).index_copy(0, parts.flatten(), y.flatten(0, 1))
+        y = self._active(module, picked, active).to(x.dtype)
+        y = y.new_zeros(len(rows) * self.subdims, subdim).index_copy_(0, parts.flatten(), y.flatten(0, 1))
         y = y.view_as(rows)
         if self.fusion:
             y = kernels.block_diagonal_matmul(y, module.fusion.mT, interleaved=True)
         return y.reshape(x.shape), None
+
+    def _active(self, module: Any, x: Tensor, active: Tensor) -> Tensor:
+        """The network on the sub-dimensions `active` `[rows, taken]`, `[rows, taken, subdim]` to the same shape."""
+
+        def widened(name: str) -> Tensor:
+            return kernels.subset_matmul(x, getattr(module, name).mT, active)
+
+        up = widened("up")
+        h = gated(module.activation, widened("gate"), up) if self.gated else module.activation(up)
+        return kernels.subset_matmul(h, module.down.mT, active, transposed=True)
 
 
 def _identity(tensor: torch.Tensor, generator: torch.Generator) -> None:

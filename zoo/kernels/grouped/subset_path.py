@@ -11,6 +11,7 @@ from itertools import pairwise, zip_longest
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -18,8 +19,19 @@ from zoo.errors import ZooError
 from zoo.kernels.grouped.operators import empty_gradient
 from zoo.kernels.work import subset_matmul_flops
 
-LEAST_RUN = 24
-"""The mean number of rows from which on it pays to lay the blocks of a subset together."""
+
+def least_run(width: int) -> int:
+    """The mean number of rows of a run from which on it pays to lay blocks of `width` inputs together.
+
+    Laying a block together moves `width` numbers for each output, once for all rows of a run; handing the products of
+    single blocks to their rows moves a few for each output and row. That they are equal at a sixteenth of the width is
+    measured, in zoo/kernels/grouped.
+    """
+    return max(4, width // 16)
+
+
+_APART = 16
+"""Numbers between the rows of blocks that are laid together."""
 
 Shape = tuple[int, ...]
 
@@ -40,7 +52,7 @@ def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, transposed: bool) 
 def _subset_sums(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[1])
     runs = _runs(subsets, weight)
-    if _long(runs):
+    if _long(runs, weight.shape[2]):
         x = x.flatten(1)
         for low, high, joined in _joined(runs, weight):
             torch.mm(x[low:high], joined.T, out=out[low:high])
@@ -55,9 +67,7 @@ def _subset_sums(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
 def _subset_parts(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     out = x.new_empty(*subsets.shape, weight.shape[2])
     runs = _runs(subsets, weight)
-    if _long(runs):
-        # Deep products are faster on weights by rows, by more than it takes to transpose each block once.
-        weight = weight.contiguous()
+    if _long(runs, weight.shape[2]):
         flat = out.flatten(1)
         for low, high, joined in _joined(runs, weight):
             torch.mm(x[low:high], joined, out=flat[low:high])
@@ -72,7 +82,7 @@ def _subset_outer(wide: Tensor, narrow: Tensor, weight: Tensor, subsets: Tensor)
     """The gradient of `weight`, of which no number is read: for each block the sum of its rows' outer products."""
     out = empty_gradient(weight).zero_()
     runs = _runs(subsets, weight)
-    if _long(runs):
+    if _long(runs, weight.shape[2]):
         narrow, none = narrow.flatten(1), [-1] * subsets.shape[1]
         joined, parts = _side_by_side(weight, subsets.shape[1])
         joined.zero_()
@@ -95,13 +105,13 @@ def _runs(subsets: Tensor, weight: Tensor) -> list[Run]:
     low, high = (int(end) for end in subsets.aminmax())
     if low < 0 or high >= blocks:
         raise ZooError(f"subset_matmul: subsets are from {low} to {high}, expected 0 to {blocks - 1}, blocks of weight")
-    starts = (subsets[1:] != subsets[:-1]).any(1).nonzero().flatten() + 1
-    edges = [0, *starts.tolist(), rows]
-    return [Run(*ends, taken) for ends, taken in zip(pairwise(edges), subsets[edges[:-1]].tolist(), strict=True)]
+    starts = F.pad((subsets[1:] != subsets[:-1]).any(1).nonzero().flatten() + 1, (1, 0))
+    ends = pairwise([*starts.tolist(), rows])
+    return [Run(*each, taken) for each, taken in zip(ends, subsets[starts].tolist(), strict=True)]
 
 
-def _long(runs: list[Run]) -> bool:
-    return not runs or runs[-1].high >= LEAST_RUN * len(runs)
+def _long(runs: list[Run], width: int) -> bool:
+    return not runs or runs[-1].high >= least_run(width) * len(runs)
 
 
 def _joined(runs: list[Run], weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -120,7 +130,9 @@ def _side_by_side(weight: Tensor, taken: int) -> tuple[Tensor, list[Tensor]]:
     """Room for blocks in columns, laid out as `weight` is, and the part of each."""
     _, outputs, width = weight.shape
     by_rows = weight.stride(-1) == 1
-    joined = weight.new_empty((outputs, taken * width) if by_rows else (taken * width, outputs))
+    rows, columns = (outputs, taken * width) if by_rows else (taken * width, outputs)
+    # Rows that are a power of two apart would share few places in the cache.
+    joined = weight.new_empty(rows, columns + _APART)[:, :columns]
     joined = joined if by_rows else joined.T
     return joined, [joined[:, slot * width : (slot + 1) * width] for slot in range(taken)]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.kernels.checks import at_least_float32
 from zoo.kernels.grouped.bounds import bounds_of, widths_of
 from zoo.kernels.grouped.operators import complete, empty_gradient
 
@@ -113,16 +114,20 @@ def _parts_of(x: Tensor, blocks: int) -> Tensor:
     return x.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
-_CHUNK = 128
-"""Rows that are turned over together: a chunk and what becomes of it stay in the cache."""
+_CHUNK = 256
+"""Rows that a processor turns over together: a chunk and what becomes of it stay in the cache."""
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows in pieces; elsewhere than on a CPU all at once, in as few launches as there are."""
+    return x.split(_CHUNK) if x.device.type == "cpu" else (x,)
 
 
 @torch.library.custom_op("zoo::interleaved_matmul", mutates_args=())
 def _interleaved(x: Tensor, weight: Tensor) -> Tensor:
-    blocks, _, outputs = weight.shape
-    out = x.new_empty(x.shape[0], blocks * outputs)
-    for part, given in zip(out.split(_CHUNK), x.split(_CHUNK)):
-        part.view(len(given), outputs, blocks).copy_(torch.bmm(weight.mT, _turned(given, blocks)).permute(2, 1, 0))
+    out = x.new_empty(x.shape[0], weight.shape[0] * weight.shape[2])
+    for part, given in zip(_chunks(out), _chunks(x)):
+        _turn_back(torch.bmm(weight.mT, _turned(given, weight.shape[0])), part)
     return out
 
 
@@ -131,24 +136,36 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] * weight.shape[2])
 
 
-@torch.library.custom_op("zoo::interleaved_outer", mutates_args=())
-def _interleaved_outer(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
-    """For each block the sum of its rows' outer products, `[blocks, input_width, output_width]`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    out = x.new_zeros(blocks, x.shape[1] // blocks, grad.shape[1] // blocks, dtype=dtype)
-    for one, other in zip(x.split(_CHUNK), grad.split(_CHUNK)):
-        out += torch.bmm(_turned(one, blocks), _turned(other, blocks).mT)
-    return out.to(x.dtype)
+@torch.library.custom_op("zoo::interleaved_backward", mutates_args=())
+def _interleaved_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `x` and `weight`, for which rows of `grad` are transposed once."""
+    blocks, to_x = weight.shape[0], torch.empty_like(x)
+    to_weight = weight.new_zeros(weight.shape, dtype=at_least_float32(weight.dtype))
+    for part, given, pull in zip(_chunks(to_x), _chunks(x), _chunks(grad)):
+        turned = _turned(pull, blocks)
+        to_weight += torch.bmm(_turned(given, blocks), turned.mT)
+        _turn_back(torch.bmm(weight, turned), part)
+    return to_x, to_weight.to(weight.dtype)
 
 
-@_interleaved_outer.register_fake
-def _(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
-    return x.new_empty(blocks, x.shape[1] // blocks, grad.shape[1] // blocks)
+@_interleaved_gradients.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    del grad
+    return torch.empty_like(x), weight.new_empty(weight.shape)
 
 
 def _turned(x: Tensor, blocks: int) -> Tensor:
     """`[rows, width * blocks]` as `[blocks, width, rows]`, with the rows innermost: both others are strided in `x`."""
     return x.T.contiguous().view(x.shape[1] // blocks, blocks, len(x)).transpose(0, 1)
+
+
+def _turn_back(products: Tensor, out: Tensor) -> None:
+    """`[blocks, width, rows]` into `[rows, width * blocks]`.
+
+    Lines of rows are put into the order of the channels first, which leaves the transpose of a matrix: PyTorch has a
+    fast way for that, tile by tile, and none for three dimensions in reverse.
+    """
+    out.copy_(products.transpose(0, 1).reshape(out.shape[1], -1).T)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -169,9 +186,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def _interleaved_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     to_x, to_weight = ctx.needs_input_grad
+    if to_x and to_weight:
+        return _interleaved_gradients(grad, x, weight)
     return (
         _interleaved(grad, weight.mT) if to_x else None,
-        _interleaved_outer(x, grad, weight.shape[0]) if to_weight else None,
+        _interleaved_gradients(grad, x, weight)[1] if to_weight else None,
     )
 
 
@@ -184,6 +203,7 @@ def _(x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> i
     return 2 * x[0] * x[1] * weight[2]
 
 
-@register_flop_formula(_interleaved_outer._opoverload.overloadpacket)
-def _(x: tuple[int, int], grad: tuple[int, int], blocks: int, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[1] * grad[1] // blocks
+@register_flop_formula(_interleaved_gradients._opoverload.overloadpacket)
+def _(grad: tuple[int, int], x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
+    del grad
+    return 4 * x[0] * x[1] * weight[2]
