@@ -35,6 +35,7 @@ from zoo.blocks.mlp import GLU
 from zoo.blocks.moe import MixtureOfExperts
 from zoo.blocks.mohd import MixtureOfHiddenDimensions
 from zoo.component import Component
+from zoo.latency import kept_memory
 
 TOKENS, WIDTH, HIDDEN = 2048, 512, 2048
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)
