@@ -131,7 +131,7 @@ def _side_by_side(weight: Tensor, taken: int) -> tuple[Tensor, list[Tensor]]:
     _, outputs, width = weight.shape
     by_rows = weight.stride(-1) == 1
     rows, columns = (outputs, taken * width) if by_rows else (taken * width, outputs)
-    # Rows that are a power of two apart would share few places in the cache.
+    # Apart, since products are slower on rows whose distance is a power of two.
     joined = weight.new_empty(rows, columns + _APART)[:, :columns]
     joined = joined if by_rows else joined.T
     return joined, [joined[:, slot * width : (slot + 1) * width] for slot in range(taken)]
