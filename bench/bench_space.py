@@ -28,7 +28,7 @@ from zoo.hardware.predictor import PredictedLatency, Predictor
 from zoo.hardware.profile import load_profile
 from zoo.hardware.regression import Regression
 from zoo.hardware.roofline import RooflineLatency
-from zoo.hardware.samples import operators_of
+from zoo.hardware.samples import parts_of
 from zoo.search.budget import Budget
 from zoo.search.latencies import parts
 from zoo.search.repair import Repair
@@ -58,13 +58,14 @@ def seconds(run: Callable[[], object]) -> float:
 def latencies(space: Space) -> dict[str, Callable[[Place], float]]:
     """Of an H100 by its roofline, and by a predictor that gives each operation and each call a femtosecond."""
     specs = [space.spec_at(point) for point in space.homogeneous().values()]
-    kinds = sorted({piece.kind for spec in specs for piece in operators_of(spec, Workload(), "forward")})
+    pieces = [piece for spec in specs for part in parts_of(spec, Workload(), "forward") for piece in part]
+    kinds = sorted({operator.kind for piece in pieces for operator in piece.operators})
     names = tuple(f"{kind}.{what}" for kind in kinds for what in ("flops", "calls"))
     known = Regression(names, np.full(len(names), 1e-15), np.eye(len(names)), np.linspace(-0.1, 0.1, 41))
     profile = load_profile("h100")
     sources = {
         "roofline": RooflineLatency(profile),
-        "predictor": PredictedLatency(Predictor(profile, "0" * 12, "float32", {"forward": known}, {})),
+        "predictor": PredictedLatency(Predictor(profile, "0" * 12, "float32", {"forward": known})),
     }
     found = {name: parts(source, "float32", "forward", 0.5) for name, source in sources.items()}
     return {name: seconds for name, seconds in found.items() if seconds is not None}
