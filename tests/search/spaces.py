@@ -146,6 +146,75 @@ def _following(script: list[int], left: list[int]) -> Callable[[Decision], Value
     return choose
 
 
+def _layer(reduced: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """A layer, of tokens or of image patches, with private, shared and conditional holes; some settings are invalid."""
+    heads = st.sampled_from([2, "$h", {"choice": [1, 2, 3]}, {"choice": [1, 3], "name": "heads"}])
+    attention = st.fixed_dictionaries(
+        {"type": st.just("attention"), "heads": heads, **({"causal": st.just(False)} if reduced else {})},
+        optional={"window": st.sampled_from(["$w", {"choice": [None, 8]}])},
+    )
+    mixers = st.one_of(st.just("identity"), attention)
+    ratios = st.sampled_from([2, "$e", {"choice": [1, "$e"]}, {"int": [1, 3]}, {"choice": [2, 4], "name": "ratio"}])
+    sizes = st.one_of(
+        st.fixed_dictionaries({"ratio": ratios}),
+        st.fixed_dictionaries({"hidden": st.sampled_from(["$(3 * d)", {"int": [8, 24], "step": 8}])}),
+    )
+    channels = st.one_of(
+        st.none(),
+        st.tuples(st.sampled_from(["mlp", "glu"]), sizes).map(lambda found: {"type": found[0], **found[1]}),
+    )
+
+    def open_(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        named = st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, min_size=1)
+        return st.one_of(inner, named.map(lambda found: {"choice": found}))
+
+    return st.fixed_dictionaries(
+        {"mixer": open_(mixers), "channel": open_(channels)},
+        optional={
+            "residual": st.sampled_from(["post", {"choice": ["pre", "post"]}]),
+            "norm": st.sampled_from(["rmsnorm", {"choice": ["rmsnorm", "layernorm"], "name": "norm"}]),
+        },
+    )
+
+
+def _layers(reduced: bool = False) -> st.SearchStrategy[Any]:
+    lengths = st.sampled_from(
+        [2, "$n", "$(2 * n)", {"int": [1, 3]}, {"choice": [0, 2]}, {"choice": {"few": 1, "n": "$n"}}]
+    )
+    layer = _layer(reduced)
+    repeated = st.fixed_dictionaries({"repeat": lengths, "of": layer})
+    nested = st.fixed_dictionaries({"repeat": lengths, "of": st.tuples(layer, repeated).map(list)})
+    return st.lists(st.one_of(layer, repeated, nested), min_size=1, max_size=3)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Space:
+    """Spaces of models: layers of every form under one body, under a choice of bodies, or in stages."""
+    kind = draw(st.sampled_from(["one", "choice", "stages"]))
+    document: dict[str, Any] = {
+        "vars": {
+            "d": draw(st.sampled_from([32, {"choice": [16, 32]}])),
+            "n": draw(st.sampled_from([1, {"int": [0, 2]}])),
+            "h": draw(st.sampled_from([4, {"choice": [1, 4]}])),
+            "e": draw(st.sampled_from([3, {"choice": [1, 2]}, {"choice": {"one": 1, "more": {"choice": [2, 3]}}}])),
+            "w": draw(st.sampled_from([4, {"choice": [None, 4]}])),
+        },
+        "width": "$d",
+        "stem": {"type": "token", "vocab": 64},
+        "head": {"type": "language_model", "tied": draw(st.sampled_from([True, {"choice": [True, False]}]))},
+    }
+    if kind == "stages":
+        second = {"width": "$(2 * d)", "reduce": "merge", "layers": draw(_layers(True))}
+        document["body"] = {"type": "stages", "stages": [{"width": "$d", "layers": draw(_layers(True))}, second]}
+        document["stem"] = {"type": "patch", "image": [16, 16], "size": 4, "class_token": False}
+        document["head"] = {"type": "classifier", "classes": 10}
+    else:
+        document["context"] = draw(st.sampled_from([16, {"choice": [16, 32]}]))
+        bodies = [{"layers": draw(_layers())} for _ in range(1 + (kind == "choice"))]
+        document["body"] = bodies[0] if kind == "one" else {"choice": dict(zip(["x", "y"], bodies, strict=True))}
+    return Space.from_template(compile_document(tree(document)))
+
+
 LABELS = st.lists(st.sampled_from([1, 2, 3, None, "a", "b"]), min_size=1, max_size=3, unique=True)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 
@@ -262,6 +263,17 @@ def test_a_spec_without_holes() -> None:
     assert Repair(space, {}, Budget.parse("params<=200M")).infeasible() is None
     reason = Repair(space, {}, Budget.parse("params<=100M")).infeasible()
     assert reason is not None and "the smallest reachable value is 124M (12 layers); relax it to params<=125M" in reason
+
+
+@pytest.mark.parametrize("name", ["hybrid", "shared"])
+def test_what_many_points_miss(name: str) -> None:
+    fitting = repair("params in [20k, 4M] flops<=1M{seq=8} state<=40kB{seq=64}", name)
+    rng = random.Random(0)
+    points = [fitting.space.sample(rng) for _ in range(20)]
+    found = fitting.violations(points)
+    assert found == [fitting.violation(point) for point in points]
+    assert len(set(found)) > 1 and (name == "hybrid" or math.inf in found)
+    assert fitting.violations([]) == []
 
 
 def test_layers_counted_whole_are_repaired_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import spaces
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.accounting import Workload, metrics, places
@@ -67,6 +67,36 @@ def test_extra_figures_are_sums_over_the_parts(name: str, whole: bool, monkeypat
         assert costs.figures(point) == expected
     low, high = costs.range_of("seconds")
     assert 0 < low <= high
+
+
+@settings(max_examples=40)
+@given(spaces.models(), st.integers(0, 99))
+def test_figures_of_any_space_one_by_one_and_together(space: Space, seed: int) -> None:
+    rng, work = random.Random(seed), Workload(batch=2, seq=12, past=5, dtype="bfloat16")
+    points = [space.sample(rng) for _ in range(3)]
+    points += [space.mutate(point, rng) for point in points]
+    expected = [counted(space, point, work) for point in points]
+    one, together = CostTable(space, work), CostTable(space, work)
+    assert [one.figures(point) for point in points] == expected
+    assert together.figures_of(points) == expected
+    assert one.figures_of(points) == [together.figures(point) for point in points] == expected
+    assert one.separable and together.separable
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["by layer", "whole"])
+def test_figures_of_many_points(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if whole:
+        monkeypatch.setattr(table, "_hands_on", lambda place: False)
+    space = spaces.real()["shared"]
+    costs = CostTable(space, Workload(), {"parts": lambda place: 1.0})
+    rng = random.Random(0)
+    points = [space.sample(rng) for _ in range(30)]
+    found = costs.figures_of(points)
+    assert None in found and len({figures["depth"] for figures in found if figures}) > 1
+    assert found == [CostTable(space, Workload(), costs.extras).figures(point) for point in points]
+    assert costs.figures_of([]) == [] and costs.figures_of(points[:1]) == found[:1]
+    invalid = [point for point, figures in zip(points, found, strict=True) if figures is None]
+    assert costs.figures_of(invalid) == [None] * len(invalid)
 
 
 def test_an_extra_figure_may_not_hide_another() -> None:

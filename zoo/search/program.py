@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 from zoo.errors import Problem, SpecError
@@ -209,12 +208,11 @@ class Unit:
                     pending += [(inside, level + 1) for inside in step.branches.values()]
         return tuple(levels)
 
-    def steps(self, setting: Setting) -> Iterator[tuple[tuple[int, ...], Any]]:
-        """The decisions of each level of a setting with their values; the value itself of one alone."""
-        values = dict(setting)
-        for _, slots in groupby(sorted(values, key=self.levels.__getitem__), key=self.levels.__getitem__):
-            level = tuple(slots)
-            yield level, itemgetter(*level)(values)
+    def steps(self, setting: Setting) -> list[list[str]]:
+        """The names of the decisions of each level of a setting; where there is none, one level without decisions."""
+        slots = sorted((slot for slot, _ in setting), key=self.levels.__getitem__)
+        levels = groupby(slots, key=self.levels.__getitem__)
+        return [[self.decisions[slot].name for slot in level] for _, level in levels] or [[]]
 
     def setting(self, program: Program, point: Mapping[str, Value]) -> Setting:
         """Its own active decisions at a point, as indices into `decisions` with values."""

@@ -199,7 +199,14 @@ class Repair:
 
     def violation(self, point: Mapping[str, Value]) -> float:
         """By how much a point misses the terms, as shares of their bounds, added up; infinite for an invalid one."""
-        figures = {work: table.figures(point) for work, table in self.tables.items()}
+        return self._missed({work: table.figures(point) for work, table in self.tables.items()})
+
+    def violations(self, points: Sequence[Mapping[str, Value]]) -> list[float]:
+        """The same of each of many points, counted together."""
+        counted = [table.figures_of(points) for table in self.tables.values()]
+        return [self._missed(dict(zip(self.tables, each, strict=True))) for each in zip(*counted, strict=True)]
+
+    def _missed(self, figures: Mapping[Workload, Mapping[str, float] | None]) -> float:
         total = 0.0
         for found in figures.values():
             if found is None:
@@ -257,9 +264,10 @@ class Repair:
                 state = self._state(tried[-1])
                 if state is not None:
                     tried.append(self.space.normalised(self._point(self._descended(state, frozenset(), rng))))
-        best = min(tried, key=self.violation, default=None)
-        if best is None or math.isinf(self.violation(best)):
+        violations = self.violations(tried)
+        if min(violations, default=math.inf) == math.inf:
             return NOTHING_VALID
+        best = tried[violations.index(min(violations))]
         parts: list[str] = []
         for term, table in zip(self.terms, self._of_term, strict=True):
             figures = table.figures(best)

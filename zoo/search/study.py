@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ ATTEMPTS = 256
 """Proposals of a stream for one trial before the space is swept for what is left."""
 SWEEP = 50_000
 """Largest number of points that a sweep goes through."""
+SWEPT = 64
+"""How many of them are counted together."""
 DROPPED_IN_A_ROW = 25
 FAILED_AT_FIRST = 5
 
@@ -455,7 +458,9 @@ class _Search:
         """All feasible points of a small space in order; nothing for a large one."""
         size = self.space.size()
         if size is not None and size <= SWEEP:
-            yield from filter(self.repair.feasible, _points(self.space))
+            points = _points(self.space)
+            while some := list(islice(points, SWEPT)):
+                yield from (point for point, missed in zip(some, self.repair.violations(some)) if not missed)
 
     # Working on one
 

@@ -8,6 +8,7 @@ that `CostTable.figures(point)` equals `metrics(space.spec_at(point), work)` exa
 
 All that was counted stands in one array, a row for a layer or for another part. A candidate is then a list of rows: its
 layers' are found by their decisions, and its figures are the sums of the columns, added in the order of the parts.
+Those of many candidates are added up together.
 
 Where that does not hold, because layers hand on another scope than they get or are hidden inside another component,
 whole specs are counted.
@@ -20,9 +21,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from itertools import chain, islice, takewhile
+from itertools import chain, islice, takewhile, zip_longest
 from operator import itemgetter, or_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -53,62 +54,51 @@ DRAWS = 64
 SURVEYS = 4
 """How many points are drawn to find a valid one with the same surroundings; then as many whose layers are alike."""
 MAX_ROWS = 200_000
-"""Rows and whole candidates that are remembered before everything is forgotten."""
+"""Rows, ways to them, and whole candidates that are remembered before everything is forgotten."""
 
 
 INVALID = 0
 """The row of a layer that cannot be built where it stands."""
+UNKNOWN = -1
+"""In place of the row of a layer that was not counted yet."""
+
+Kind = tuple[int, int, tuple[Value, ...]]
+"""The part that layers are made of, the number of their spot, and what they refer to outside of them."""
+
+Frame = tuple[tuple[int, ...], ...]
+"""The rows of what stands behind, between and in front of the lists of layers, from the last to the first."""
 
 Extra = Callable[[Place], float]
 """A figure of a part of a model that adds up over the parts."""
 
 
 class Rows:
-    """Rows of numbers that become more: `values` is `[rows, columns]`; as many are in use as there are `peaks`.
-
-    peaks: the columns `LARGEST` once more, as a list.
-    """
+    """Rows of numbers that become more: `values` is `[rows, columns]`, of which the first `len` are in use."""
 
     def __init__(self, columns: int) -> None:
         self.values: Floats = np.zeros((256, columns))
-        self.peaks: list[Sequence[float]] = []
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self.peaks)
+        return self._count
 
     def append(self, row: Sequence[float]) -> int:
         """Where the row stands."""
-        if len(self) == len(self.values):
+        if self._count == len(self.values):
             self.values = np.concatenate([self.values, np.zeros_like(self.values)])
-        self.values[len(self)] = row
-        self.peaks.append(tuple(row[LARGEST]))
-        return len(self) - 1
+        self.values[self._count] = row
+        self._count += 1
+        return self._count - 1
 
 
-class _Node:
-    """Decisions of a layer that are asked whatever the values of each other are, and what follows for their values.
-
-    slots: these decisions; none behind the last, where a row stands if it was counted.
-    """
-
-    __slots__ = ("following", "row", "slots")
-
-    def __init__(self) -> None:
-        self.slots: tuple[int, ...] = ()
-        self.following: dict[Any, _Node] = {}
-        self.row = -1
+Node = tuple[Callable[[Mapping[str, Value]], Any], dict[Any, "Node | int"]]
+"""What takes the values of decisions of a layer that are asked together out of a point, and what follows for them:
+further decisions, or the layer's row."""
 
 
-class _Readers(dict[tuple[int, ...], Callable[[Mapping[str, Value]], Any]]):
-    """For the slots of a node of a layer, what takes the values of these decisions out of a point."""
-
-    def __init__(self, unit: Unit) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def __missing__(self, slots: tuple[int, ...]) -> Callable[[Mapping[str, Value]], Any]:
-        reader = self[slots] = itemgetter(*(self.unit.decisions[slot].name for slot in slots))
-        return reader
+def asking(names: Sequence[str]) -> Node:
+    """The decisions of these names, nothing being known yet of what follows for their values."""
+    return itemgetter(*names) if names else lambda point: (), {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,13 +121,13 @@ class Surroundings:
     """What stands around the layers under one assignment of the decisions outside of them, lengths aside.
 
     work: with lengths filled in. spots: where the layers of each list stand, and the number of that spot. frames: for
-    the forms that occur in each list, the rows in front of, between and behind the lists. broken: which lists were
-    empty or not where something outside of the layers was invalid. hopeless: lists for which no valid point was found.
+    the forms that occur in each list, the rows around the lists. broken: which lists were empty or not where something
+    outside of the layers was invalid. hopeless: lists for which no valid point was found.
     """
 
     work: Workload
     spots: dict[tuple[str | int, ...], tuple[Spot, int]] = field(default_factory=dict)
-    frames: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    frames: dict[tuple[int, ...], Frame] = field(default_factory=dict)
     broken: set[tuple[bool, ...]] = field(default_factory=set)
     hopeless: list[set[tuple[str | int, ...]]] = field(default_factory=list)
 
@@ -146,16 +136,31 @@ class Surroundings:
 class Layout:
     """Which layers there are under one assignment of all decisions outside of them.
 
-    spans: for each list of layers, its first and the one behind its last in `units`. shape: which lists have layers.
-    tracks: each unit's readers and its tree of rows, once its spot is known.
+    spans: for each list of layers, its first and the one behind its last in `units`. seams: where in `units` the rows
+    of a frame go. shape: which lists have layers. trees: for each unit how its row is found, as far as it is known.
     """
 
     surroundings: Surroundings
     units: tuple[Unit, ...]
     places: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+    seams: tuple[int, ...]
     shape: tuple[bool, ...]
-    tracks: tuple[tuple[_Readers, _Node], ...] = ()
+    trees: list[Node]
+
+    def rows(self, point: Mapping[str, Value]) -> list[int]:
+        """The row of each layer at a point, `UNKNOWN` if it was not counted yet."""
+        found: list[int] = []
+        for read, following in self.trees:
+            try:
+                node: Any = following[read(point)]
+                while node.__class__ is not int:
+                    read, following = node
+                    node = following[read(point)]
+            except KeyError:
+                node = UNKNOWN
+            found.append(node)
+        return found
 
 
 class CostTable:
@@ -183,33 +188,62 @@ class CostTable:
         self._layouts: dict[tuple[Value, ...], Layout] = {}
         self._surroundings: dict[tuple[Value, ...], Surroundings] = {}
         self._spots: list[Spot] = []
-        self._roots: dict[Any, _Node] = {}
+        self._known: dict[Kind, dict[Setting, int]] = {}
+        self._trees: dict[tuple[Unit, Kind], Node] = {}
+        self._ways = 0
         self._rows = Rows(TALLY + len(self.extras))
         self._rows.append([0.0] * (TALLY + len(self.extras)))
         self._form_of: dict[int, int] = {}
         self._forms: dict[Any, int] = {}
         self._whole: dict[Any, dict[str, float] | None] = {}
-        self._options: dict[int, Options] = {}
+        self._options: dict[Kind, Options] = {}
 
     def figures(self, point: Mapping[str, Value]) -> dict[str, float] | None:
         """All analytic figures of a normalised point; None for combinations that are invalid across fields."""
-        if not self.separable:
-            return self._counted(point)
-        if len(self._rows) > MAX_ROWS:
-            self._forget()
-        layout = self._layouts.get(tuple(map(point.get, self._outside, self._firsts))) or self.layout(point)
-        rows = self.rows(point, layout)
-        if rows is None:
+        self._tidy()
+        found = self._found(point)
+        if found is None:
             return None if self.separable else self._counted(point)
-        frame = layout.surroundings.frames[self.forms(rows, layout)]
-        order: list[int] = []
-        for (start, stop), before in zip(layout.spans, frame):
-            order += before
-            order += rows[start:stop]
-        order += frame[-1]
-        values = np.add.reduce(self._rows.values.take(order, axis=0)).tolist()
-        values[LARGEST] = map(max, *map(self._rows.peaks.__getitem__, order))
-        counted = figures(Tally._make(values[:TALLY]), layout.surroundings.work)
+        rows, work = found
+        parts = self._rows.values.take(rows, axis=0)
+        values = np.add.reduce(parts)
+        values[LARGEST] = np.maximum.reduce(parts[:, LARGEST])
+        return self._named(values.tolist(), work)
+
+    def figures_of(self, points: Sequence[Mapping[str, Value]]) -> list[dict[str, float] | None]:
+        """The figures of each of many points: their rows are gathered and added up together."""
+        self._tidy()
+        found = list(map(self._found, points))
+        if not self.separable:
+            return list(map(self._counted, points))
+        # The row of invalid layers is all zeros, so that it can fill up shorter lists.
+        rows = list(zip_longest(*(each[0] for each in found if each), fillvalue=INVALID))
+        parts = self._rows.values[np.array(rows, dtype=np.intp)]
+        values = np.add.reduce(parts)
+        values[..., LARGEST] = np.maximum.reduce(parts[..., LARGEST], initial=0.0)
+        summed = iter(values.tolist())
+        return [each and self._named(next(summed), each[1]) for each in found]
+
+    def _tidy(self) -> None:
+        """Forget everything if it has become much."""
+        if max(len(self._rows), self._ways) > MAX_ROWS:
+            self._forget()
+
+    def _found(self, point: Mapping[str, Value]) -> tuple[list[int], Workload] | None:
+        """The rows of all parts in order, and the work with lengths filled in; None unless valid and separable."""
+        if not self.separable:
+            return None
+        layout = self._layouts.get(tuple(map(point.get, self._outside, self._firsts))) or self.layout(point)
+        found = self._parts(point, layout)
+        if found is None:
+            return None
+        rows, frame = found
+        for position, between in zip(layout.seams, frame):
+            rows[position:position] = between
+        return rows, layout.surroundings.work
+
+    def _named(self, values: list[float], work: Workload) -> dict[str, float]:
+        counted = figures(Tally._make(values[:TALLY]), work)
         counted.update(zip(self.extras, values[TALLY:]))
         return counted
 
@@ -228,27 +262,25 @@ class CostTable:
             spans = tuple(zip(starts, [*starts[1:], len(units)]))
             where = tuple(walk.where(unit) for unit in units)
             known = self._layouts[key] = Layout(
-                self._surroundings[around], units, where, spans, tuple(start < stop for start, stop in spans)
+                self._surroundings[around],
+                units,
+                where,
+                spans,
+                (len(units), *reversed(starts)),
+                tuple(start < stop for start, stop in spans),
+                [asking(())] * len(units),
             )
         return known
 
-    def rows(self, point: Mapping[str, Value], layout: Layout) -> list[int] | None:
-        """The row of each layer, all of them and their frame being known then; None if the point is invalid."""
+    def _parts(self, point: Mapping[str, Value], layout: Layout) -> tuple[list[int], Frame] | None:
+        """The row of each layer, and those of what stands around them; None if the point is invalid."""
         while True:
-            found: list[int] = []
-            try:
-                for readers, node in layout.tracks:
-                    while slots := node.slots:
-                        node = node.following[readers[slots](point)]
-                    found.append(node.row)
-            except KeyError:
-                found.append(-1)
-            if len(found) == len(layout.units) and -1 not in found:
-                if INVALID in found:
-                    return None
-                if self.forms(found, layout) in layout.surroundings.frames:
-                    return found
-            if layout.shape in layout.surroundings.broken or not self._learn(point, layout):
+            rows = layout.rows(point)
+            if min(rows, default=1) > INVALID:
+                frame = layout.surroundings.frames.get(self.forms(rows, layout))
+                if frame is not None:
+                    return rows, frame
+            if INVALID in rows or layout.shape in layout.surroundings.broken or not self._learn(point, layout):
                 return None
 
     def forms(self, rows: Sequence[int], layout: Layout) -> tuple[int, ...]:
@@ -263,13 +295,14 @@ class CostTable:
         lists = {unit.where[:-1] for unit in layout.units}
         if not (around.frames and lists <= around.spots.keys()) and not self._survey(self._shortened(point), lists):
             return self._survey(point, lists) and self.separable
-        if not layout.tracks and layout.units:
-            layout.tracks = tuple((_Readers(unit), self._root(unit, point, around)) for unit in layout.units)
-        for unit in layout.units:
-            setting = unit.setting(self.space.program, point)
-            if self.row(unit, setting, point, layout) == INVALID:
-                return False
-        rows = [self.row(unit, unit.setting(self.space.program, point), point, layout) for unit in layout.units]
+        rows = layout.rows(point)
+        for number, unit in enumerate(layout.units):
+            if rows[number] == UNKNOWN:
+                setting = unit.setting(self.space.program, point)
+                rows[number] = self.row(unit, setting, point, layout)
+                layout.trees[number] = self._tree(unit, setting, rows[number], point, around)
+        if INVALID in rows:
+            return False
         if self.forms(rows, layout) not in around.frames:
             return self._survey(point, lists) and self.separable
         return True
@@ -283,11 +316,10 @@ class CostTable:
         kept = {name: value for name, value in point.items() if name not in lengths}
         return {**kept, **self.space.normalised(kept)}
 
-    def _root(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> _Node:
-        """The tree of rows of a layer, shared by all that are made alike and stand alike."""
+    def _kind(self, unit: Unit, point: Mapping[str, Value], around: Surroundings) -> Kind:
+        """What all layers have in common that are made alike and stand alike: the same setting has the same row."""
         shared = tuple(point.get(name, self._outside[name]) for name in self._referred(unit))
-        key = (id(unit.part), around.spots[unit.where[:-1]][1], shared)
-        return self._roots.setdefault(key, _Node())
+        return id(unit.part), around.spots[unit.where[:-1]][1], shared
 
     def _referred(self, unit: Unit) -> tuple[str, ...]:
         """The decisions outside of layers that a layer's own settings or values may follow from."""
@@ -308,8 +340,8 @@ class CostTable:
         With more than `MAX_OPTIONS` settings that many drawn ones, and those that a descent to the smallest and to the
         largest number of parameters passes through.
         """
-        root = self._root(unit, point, layout.surroundings)
-        known = self._options.get(id(root))
+        kind = self._kind(unit, point, layout.surroundings)
+        known = self._options.get(kind)
         if known is None:
             rows: dict[Setting, int] = {}
             for setting in self._settings(unit, point, layout):
@@ -317,7 +349,7 @@ class CostTable:
                 if row != INVALID:
                     rows[setting] = row
             values = self._rows.values[list(rows.values())]
-            known = self._options[id(root)] = Options(
+            known = self._options[kind] = Options(
                 list(rows),
                 np.delete(values, LARGEST, axis=1),
                 values[:, LARGEST],
@@ -356,12 +388,21 @@ class CostTable:
 
     def row(self, unit: Unit, setting: Setting, point: Mapping[str, Value], layout: Layout) -> int:
         """Where it stands what a layer adds under a setting of its own decisions, the others as at the point."""
-        node = self._root(unit, point, layout.surroundings)
-        for node.slots, values in unit.steps(setting):
-            node = node.following.setdefault(values, _Node())
-        if node.row < 0:
-            node.row = self._single(unit, setting, point, layout.surroundings)
-        return node.row
+        known = self._known.setdefault(self._kind(unit, point, layout.surroundings), {})
+        if setting not in known:
+            known[setting] = self._single(unit, setting, point, layout.surroundings)
+        return known[setting]
+
+    def _tree(self, unit: Unit, setting: Setting, row: int, point: Mapping[str, Value], around: Surroundings) -> Node:
+        """The tree in which a layer finds its row, this one among them."""
+        first, *others = unit.steps(setting)
+        root = read, following = self._trees.setdefault((unit, self._kind(unit, point, around)), asking(first))
+        values = {unit.decisions[slot].name: value for slot, value in setting}
+        for names in others:
+            read, following = cast(Node, following.setdefault(read(values), asking(names)))
+        following[read(values)] = row
+        self._ways += 1
+        return root
 
     def _single(self, unit: Unit, setting: Setting, point: Mapping[str, Value], around: Surroundings) -> int:
         """Count one layer by itself."""
@@ -451,7 +492,7 @@ class CostTable:
             around.spots[layout.units[start].where[:-1]] = spots[start], self._number(spots[start])
         occurring = [self._form(found[number].component) for number in range(len(layout.units))]
         around.frames[tuple(reduce(or_, occurring[start:stop], 0) for start, stop in layout.spans)] = tuple(
-            map(tuple, frame)
+            map(tuple, reversed(frame))
         )
         return True
 
@@ -534,13 +575,10 @@ class CostTable:
     def frame(self, point: Mapping[str, Value]) -> tuple[Floats, Floats] | None:
         """What stands around the lists of layers of a valid point: `[parts, figures]` of what adds up, and
         `[parts, 2]` of what the largest counts of; None for another point."""
-        layout = self.layout(point)
-        rows = self.rows(point, layout)
-        if rows is None:
-            return None
-        return self._around(layout.surroundings.frames[self.forms(rows, layout)])
+        found = self._parts(point, self.layout(point))
+        return None if found is None else self._around(found[1])
 
-    def _around(self, frame: tuple[tuple[int, ...], ...]) -> tuple[Floats, Floats]:
+    def _around(self, frame: Frame) -> tuple[Floats, Floats]:
         values = self._rows.values[list(chain.from_iterable(frame))]
         return np.delete(values, LARGEST, axis=1), values[:, LARGEST]
 
