@@ -5,13 +5,18 @@
 Competitors run in one process, one thread, turn by turn, and are timed by the processor time of that
 thread, so that what else the machine does meets all of them and counts for none; a figure is the median. Results are
 compared before anything is timed. A ratio is the competitor's time over ours.
+
+Memory is as the C library gives it: large tensors get fresh pages each time, which the kernel clears one by one at the
+cost of this thread. How time grows with the length is also timed with what is freed kept by the process
+(`zoo.latency.kept_memory`), since at twice the length more than twice as many pages are fresh; and so is the selective
+scan, whose rivals clear most pages.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +30,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 
 from bench.record import arguments, finish, publish
 from zoo import kernels
+from zoo.latency import kept_memory
 
 LENGTH, WIDTH, HEAD_DIM, STATE_DIM = 2048, 512, 64, 64
 LENGTHS, LINEAR = (4096, 8192), 2.2
@@ -284,21 +290,41 @@ def check(contest: Contest) -> None:
                 raise SystemExit(f"{contest.what}: {name} differs from ours by {difference:.1e} of the result")
 
 
-if __name__ == "__main__":
-    given = arguments("Primitives against step-by-step scans and the PyTorch paths of transformers.")
+def main() -> None:
+    """Run all."""
+    options = arguments("Primitives against step-by-step scans and the PyTorch paths of transformers.")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    rows = [*_contests(CONTESTS), *_linearities()]
+    with kept_memory():
+        rows += [_kept(row) for row in (*_contests([selective_scan]), *_linearities())]
+    title = f"kernels: length {LENGTH}, width {WIDTH}, batch 1, float32, one thread; medians of processor time"
+    finish(publish(title, rows, options.json))
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    """A row that is told beside the figure that is asked for."""
+    return {**row, "what": f"{row['what']}, memory kept", "at least": "", "met": True}
+
+
+def _linearities() -> Iterator[dict[str, Any]]:
+    return (linearity(make) for make in (channel_decay, delta_rule, ssd, selective_scan))
+
+
+CONTESTS: Sequence[Callable[[], Contest]] = (
+    *(linear_attention, scalar_decay, channel_decay, ssd, mamba2_mixer, delta_rule, gated_delta_rule),
+    *(partial(gated_delta_rule, 2 * LENGTH), selective_scan, window),
+)
+
+
+def _contests(makes: Sequence[Callable[[], Contest]]) -> Iterator[dict[str, Any]]:
     q, k, v = heads_of()
-    found: list[dict[str, Any]] = []
-    contests = (
-        *(linear_attention, scalar_decay, channel_decay, ssd, mamba2_mixer, delta_rule, gated_delta_rule),
-        *(partial(gated_delta_rule, 2 * LENGTH), selective_scan, window),
-    )
-    for make in contests:
+    for make in makes:
         contest = make()
         check(contest)
         for backward in (False, True):
-            found += compare(contest, lambda: kernels.attention(q, k, v), backward)
-    found += [linearity(make) for make in (channel_decay, delta_rule, ssd, selective_scan)]
-    title = f"kernels: length {LENGTH}, width {WIDTH}, batch 1, float32, one thread; medians of processor time"
-    finish(publish(title, found, given.json))
+            yield from compare(contest, lambda: kernels.attention(q, k, v), backward)
+
+
+if __name__ == "__main__":
+    main()

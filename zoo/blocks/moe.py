@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from zoo import kernels
-from zoo.blocks.activations import gated
+from zoo.blocks.activations import gated, gated_cost
 from zoo.blocks.mlp import GLU, MLP, FeedForward
 from zoo.component import Activation, Child, Complaint, Linear, Positive, Scope, Traits
 from zoo.context import Context, StateTree
@@ -131,9 +131,10 @@ class MixtureOfExperts(FeedForward):
             weights=used * width * hidden * matrices * size,
             steps=used,
         )
-        product = elementwise(pairs * hidden, size, operands=3, saved=2) if self.gated else Cost()
+        activation = children["activation"]
+        between = gated_cost(activation, hidden, taken) if self.gated else activation.cost(taken)
         ends = elementwise(pairs * width, size, operations=2, operands=4)
-        routed = router + experts + children["activation"].component.cost(children["activation"].scope, taken) + product
+        routed = router + experts + between
         routed = replace(routed + ends, peak=float(pairs * (width + matrices * hidden) * size))
         if self.shared:
             routed += children["shared"].cost(call).holding(float(call.rows * width * size))
