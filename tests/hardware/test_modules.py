@@ -11,10 +11,14 @@ from torch import nn
 from tests.hardware.pretended import DEVICE
 from zoo.accounting import Piece
 from zoo.cost import Cost
+from zoo.device import resolve_device
+from zoo.hardware import stopwatch
 from zoo.hardware.calibrate import rows
+from zoo.hardware.features import features, summed
 from zoo.hardware.modules import ModuleTimes
 from zoo.hardware.samples import Sample
 from zoo.hardware.stopwatch import DeviceStopwatch
+from zoo.model import build
 from zoo.spec.document import load
 
 
@@ -119,41 +123,24 @@ def test_pieces_that_do_the_same_are_one_row() -> None:
     assert next(counts for counts, seconds in found if seconds == 7)["linear.flops"] == 24
 
 
-@pytest.mark.parametrize("name", ["tiny-bytes"])
-def test_a_device_reads_samples_and_their_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zoo.device import resolve_device
-    from zoo.hardware import stopwatch
-
+def test_a_device_reads_samples_and_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatch, "SETTLE_SECONDS", 0.0)
-    sample = Sample(load(name), 2, 16, 8, True)
-    before = {path: type(module) for path, module in _modules(sample)}
+    sample = Sample(load("tiny-bytes"), 2, 16, 8, True)
+    known = dict(build(sample.spec, device="meta").named_modules())
     (readings,), sentinel = DeviceStopwatch(resolve_device("cpu", 1)).read([sample])
     assert set(readings) == set(sentinel) == {"forward", "decode"} and min(sentinel.values()) > 0
     for phase, reading in readings.items():
         assert reading.seconds > 0 and all(seconds >= 0 for seconds in reading.modules.values())
         called = set(reading.modules)
-        assert {"stem", "head"} <= called <= before.keys() and any(path.endswith("mixer") for path in called)
+        assert {"stem", "head"} <= called <= known.keys() and any(path.endswith("mixer") for path in called)
         # Nothing that is counted is lost on the way to the rows that a fit sees.
         found = rows(sample.parts(phase), phase, reading.modules)
-        whole: Any = {}
-        for counts, _ in found:
-            for term, amount in counts.items():
-                whole[term] = whole.get(term, 0.0) + amount
-        from zoo.hardware.features import features
-
+        whole = summed(counts for counts, _ in found)
         assert whole == pytest.approx(features(sample.parts(phase), phase))
         assert sum(seconds for _, seconds in found) == pytest.approx(sum(reading.modules.values()))
 
 
-def _modules(sample: Sample) -> list[tuple[str, nn.Module]]:
-    from zoo.model import build
-
-    return list(build(sample.spec, device="meta").named_modules())
-
-
 def test_models_run_as_before_while_they_are_timed() -> None:
-    from zoo.model import build
-
     model = build(load("tiny-bytes")).eval()
     case = model.forward_case(1, 8)
     times = ModuleTimes(model, ["stem", "head"], DEVICE)

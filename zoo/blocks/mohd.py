@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from zoo import kernels
-from zoo.blocks.activations import gated, kernel_of
+from zoo.blocks.activations import gated, gated_cost
 from zoo.blocks.linear import Dense
 from zoo.blocks.mlp import FeedForward
 from zoo.blocks.moe import Coefficient, Scores, imbalance, normalized, scored, taken
@@ -163,9 +163,8 @@ class MixtureOfHiddenDimensions(FeedForward):
             weights=used * subdim * hidden * maps * size,
             steps=used,
         )
-        # Beside the gate, which the activation counts; in one pass with it only the other factor.
-        kept = 2 if kernel_of(self.inner(scope).activation) is None else 1
-        product = elementwise(rows * hidden, size, operands=3, saved=kept) if self.gated else Cost()
+        activation = self.children(scope)["activation"]
+        between = gated_cost(activation, hidden, call) if self.gated else activation.cost(call)
         scattered = replace(elementwise(rows * width, size, operands=3), saved=float(pairs * subdim * size))
         fusion = Cost(
             flops=2.0 * rows * width * self.subdims,
@@ -173,7 +172,7 @@ class MixtureOfHiddenDimensions(FeedForward):
             saved=float(rows * width * size),
             kind="fusion",
         )
-        total = self.children_cost(scope, call) + router + gathered + numbers + blocks + product + scattered
+        total = between + router + gathered + numbers + blocks + scattered
         # Throughout there are the scores, the choices, and for each pair two numbers and a weight, and what is active.
         # Beside them either both ends of the nonlinearity, or one of its inputs, its output and what is made of that,
         # or the latter with its place in the stream, before and after fusion.

@@ -16,6 +16,7 @@ from zoo.quantity import format_quantity
 
 if TYPE_CHECKING:
     from zoo.device import Device
+    from zoo.hardware.features import Phase
     from zoo.hardware.predictor import Predictor
     from zoo.train.bench import Listener
 
@@ -88,11 +89,11 @@ def bench_model(
     return 130 if report.interrupted else 0
 
 
-def _drift(predictor: Predictor, machine: Device) -> dict[str, float]:
+def _drift(predictor: Predictor, machine: Device) -> dict[Phase, float]:
     """How many times slower the machine is than when it was calibrated, by phase."""
     from zoo.hardware.stopwatch import DeviceStopwatch
 
-    return {**predictor.drift(DeviceStopwatch(machine).sentinel())}
+    return predictor.drift(DeviceStopwatch(machine).sentinel())
 
 
 def _lengths(option: str, text: str | None) -> tuple[int, ...]:

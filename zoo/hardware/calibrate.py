@@ -22,7 +22,7 @@ import numpy as np
 
 from zoo.errors import ZooError
 from zoo.hardware.features import PHASES, Part, Phase, by_piece, features, summed
-from zoo.hardware.predictor import Predictor
+from zoo.hardware.predictor import Predictor, slowdown
 from zoo.hardware.profile import Profile
 from zoo.hardware.regression import Floats, Regression, Wholes, fit
 from zoo.hardware.roofline import least_seconds
@@ -249,16 +249,12 @@ def _undisturbed(
 
 def _deviation(sentinel: Mapping[Phase, float], others: Sequence[Mapping[Phase, float]]) -> float:
     """By what share the sentinel is faster or slower than usual, in the phase in which it is so most."""
-    return max(max(factor, 1 / factor) for factor in _factors(sentinel, _usual([*others] or [sentinel])).values()) - 1
+    factors = slowdown(sentinel, _usual(others or [sentinel]))
+    return max(max(factor, 1 / factor) for factor in factors.values()) - 1
 
 
 def _usual(sentinels: Sequence[Mapping[Phase, float]]) -> dict[Phase, float]:
     return {phase: statistics.median(one[phase] for one in sentinels) for phase in sentinels[0]}
-
-
-def _factors(sentinel: Mapping[Phase, float], usual: Mapping[Phase, float]) -> dict[Phase, float]:
-    """How many times slower the machine is than usual, by phase."""
-    return {phase: seconds / usual[phase] for phase, seconds in sentinel.items()}
 
 
 def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior: Predictor | None = None) -> Predictor:
@@ -288,7 +284,7 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
 
 def _at_usual_speed(timed: Timed, usual: Mapping[Phase, float]) -> Timed:
     """The same with times as they would be were the machine as fast as it usually was."""
-    factors = _factors(timed.sentinel, usual)
+    factors = slowdown(timed.sentinel, usual)
 
     def usually(row: Row, phase: Phase) -> Row:
         counts, seconds = row

@@ -92,7 +92,7 @@ class Predictor:
 
     def drift(self, sentinel: Mapping[Phase, float]) -> dict[Phase, float]:
         """How many times slower the machine is than when it was calibrated, by phase, by what the sentinel takes."""
-        return {phase: seconds / self.sentinel[phase] for phase, seconds in sentinel.items() if phase in self.sentinel}
+        return slowdown(sentinel, self.sentinel)
 
     def _regression(self, phase: Phase) -> Regression:
         if phase not in self.regressions:
@@ -179,6 +179,11 @@ def _kinds(names: Iterable[str]) -> set[str]:
 
 def _without(piece: Piece, seen: set[str]) -> Piece:
     return piece._replace(operators=tuple(operator for operator in piece.operators if operator.kind in seen))
+
+
+def slowdown(sentinel: Mapping[Phase, float], usual: Mapping[Phase, float]) -> dict[Phase, float]:
+    """How many times longer the sentinel takes than usual, in each phase that both have."""
+    return {phase: seconds / usual[phase] for phase, seconds in sentinel.items() if phase in usual}
 
 
 def load_predictor(path: Path) -> Predictor:
