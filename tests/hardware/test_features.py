@@ -71,7 +71,7 @@ def test_half_of_a_part_that_moves_as_much_as_the_cache_holds_is_cold() -> None:
     assert warm["a.cold_calls"] == pytest.approx(2 / 3), "parts are cold by what they move themselves"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mamba2-130m"])
+@pytest.mark.parametrize("name", ["gpt2", "mamba2-130m", "mixer-b16"])
 @pytest.mark.parametrize("decoding", [False, True])
 def test_the_pieces_of_a_part_are_its_operators_and_all_its_modules(name: str, decoding: bool) -> None:
     spec, work = load(name), Workload(2, 64, 64)
