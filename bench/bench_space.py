@@ -23,18 +23,18 @@ from typing import Any
 import numpy as np
 
 from bench.record import arguments, finish, publish
-from zoo.accounting import Place, Workload, metrics
+from zoo.accounting import Workload, metrics
 from zoo.hardware.predictor import PredictedLatency, Predictor
 from zoo.hardware.profile import load_profile
 from zoo.hardware.regression import Regression
 from zoo.hardware.roofline import RooflineLatency
-from zoo.hardware.samples import parts_of
+from zoo.hardware.work import parts_of
 from zoo.search.budget import Budget
-from zoo.search.latencies import parts
+from zoo.search.latencies import from_parts
 from zoo.search.repair import Repair
 from zoo.search.space import Space, load_space
 from zoo.search.study import SWEPT
-from zoo.search.table import CostTable
+from zoo.search.table import CostTable, Extra
 
 SHIPPED = "spaces/hybrid-24"
 SPACE = Path(__file__).parent.parent / "tests" / "search" / "hybrid.yaml"
@@ -55,7 +55,7 @@ def seconds(run: Callable[[], object]) -> float:
     return min(taken)
 
 
-def latencies(space: Space) -> dict[str, Callable[[Place], float]]:
+def latencies(space: Space) -> dict[str, Extra]:
     """Of an H100 by its roofline, and by a predictor that gives each operation and each call a femtosecond."""
     specs = [space.spec_at(point) for point in space.homogeneous().values()]
     pieces = [piece for spec in specs for part in parts_of(spec, Workload(), "forward") for piece in part]
@@ -67,7 +67,7 @@ def latencies(space: Space) -> dict[str, Callable[[Place], float]]:
         "roofline": RooflineLatency(profile),
         "predictor": PredictedLatency(Predictor(profile, "0" * 12, "float32", {"forward": known})),
     }
-    found = {name: parts(source, "float32", "forward", 0.5) for name, source in sources.items()}
+    found = {name: from_parts(source, "float32", "forward", 0.5) for name, source in sources.items()}
     return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 

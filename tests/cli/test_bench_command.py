@@ -114,9 +114,9 @@ def test_a_calibration_is_held_against_what_is_measured_and_the_machine_against_
     from zoo.hardware.predictor import Predictor
     from zoo.hardware.profile import load_profile
     from zoo.hardware.regression import Regression
-    from zoo.hardware.samples import parts_of
     from zoo.hardware.stopwatch import DeviceStopwatch
     from zoo.hardware.store import calibration_path
+    from zoo.hardware.work import parts_of
     from zoo.spec.document import load
 
     device = resolve_device("cpu", 1)

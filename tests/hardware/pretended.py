@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from zoo.device import Device
-from zoo.hardware.features import by_piece, features
+from zoo.hardware.features import Phase, by_piece, features
 from zoo.hardware.profile import Profile
 from zoo.hardware.samples import Sample
 from zoo.hardware.stopwatch import Reading, Readings, Sentinel
 
 TERMS = {"calls": 5e-6, "flops": 1e-11, "inputs": 1e-10, "weights": 1e-10, "outputs": 1e-10, "modules": 1e-6}
 """Seconds for each unit of work, whatever its kind."""
+
+HELD = 1.1
+"""Bytes that are held for each that is counted."""
 
 DEVICE = Device("cpu", "cpu", "pretended", 1, 1, None, "0", "3")
 PROFILE = Profile(
@@ -37,7 +40,8 @@ def true_seconds(counts: Mapping[str, float]) -> float:
 class PretendedStopwatch:
     """Times samples by `true_seconds`, give or take `noise`; its sentinel takes what `sentinels` say in turn.
 
-    Modules are as wrong as the sample that they stand in. If it is `drifting`, samples are slow when the sentinel is.
+    Modules are as wrong as the sample that they stand in, and so is what thorough samples hold, `HELD` times what is
+    counted. If it is `drifting`, samples are slow when the sentinel is.
     """
 
     noise: float = 0.0
@@ -55,14 +59,17 @@ class PretendedStopwatch:
             rng = random.Random(sample.key)
             self.asked.append(sample.key)
             readings: Readings = {}
-            for phase in sample.phases:
+            phases: tuple[Phase, ...] = (*sample.phases, "train") if sample.thorough else sample.phases
+            for phase in phases:
                 factor = self.sign * (1 + rng.uniform(-self.noise, self.noise))
+                held = HELD * factor * sample.held(phase) if sample.thorough else None
                 factor *= seconds / self.sentinels[0] if self.drifting else 1.0
                 parts = sample.parts(phase)
                 modules = {path: counts for part in parts for path, counts in by_piece(part, phase)}
                 readings[phase] = Reading(
                     factor * true_seconds(features(parts, phase)),
-                    {path: factor * true_seconds(counts) for path, counts in modules.items()},
+                    {path: factor * true_seconds(counts) for path, counts in modules.items() if phase != "train"},
+                    held,
                 )
             found.append(readings)
         self.now += len(samples)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.hardware.pretended import PROFILE, PretendedStopwatch, true_seconds
+from tests.hardware.pretended import HELD, PROFILE, PretendedStopwatch, true_seconds
 from zoo.accounting import Piece
 from zoo.cost import Cost
 from zoo.errors import ZooError
@@ -18,7 +18,8 @@ from zoo.hardware import regression
 from zoo.hardware.calibrate import Step, calibrate
 from zoo.hardware.features import features
 from zoo.hardware.predictor import PredictedLatency, Predictor, load_predictor
-from zoo.hardware.samples import chosen, drawn, parts_of, take
+from zoo.hardware.samples import chosen, drawn, take
+from zoo.hardware.work import held_bytes, parts_of
 from zoo.latency import Context
 from zoo.spec.document import load
 
@@ -48,6 +49,43 @@ def test_known_costs_are_found_again_and_predict_other_models(tmp_path: Path) ->
             work = features(parts_of(spec, _work(context), phase), phase)
             assert figure.seconds == pytest.approx(true_seconds(work), rel=0.05)
             assert figure.low <= figure.seconds <= figure.high and figure.source == "predicted"
+
+
+def test_training_is_fitted_to_few_samples_with_the_forward_pass_as_a_prior(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = take(drawn(random.Random(9)), 40, lambda sample: 0.0, 1.0, set())
+
+    def error(predictor: Predictor) -> float:
+        parts = [sample.parts("train") for sample in others]
+        true = [true_seconds(features(one, "train")) for one in parts]
+        return sum(abs(predictor.predict(one, "train").seconds / t - 1) for one, t in zip(parts, true)) / len(parts)
+
+    with_prior = run(PretendedStopwatch(noise=0.05), tmp_path / "with", 120)
+    trained = with_prior.regressions["train"]
+    assert len(trained.errors) == 30 < len(trained.names)
+    monkeypatch.setattr(module, "_before", lambda *_: None)
+    without = run(PretendedStopwatch(noise=0.05), tmp_path / "without", 120)
+    assert error(with_prior) < 0.1 and error(with_prior) < 0.8 * error(without)
+
+
+def test_memory_is_predicted_with_its_interval(tmp_path: Path) -> None:
+    predictor = run(PretendedStopwatch(noise=0.1), tmp_path, 160)
+    spec, context = load("gpt2"), Context(1, 128, 128)
+    for phase in ("forward", "decode", "train"):
+        held = PredictedLatency(predictor).held(spec, context, phase)
+        assert held is not None
+        assert held.bytes == pytest.approx(HELD * held_bytes(spec, _work(context), phase), rel=0.03)
+        assert 0.85 * held.bytes < held.low < held.bytes < held.high < 1.15 * held.bytes
+
+
+def test_what_a_calibration_did_not_measure_is_not_made_up(exact: Predictor) -> None:
+    data = exact.as_data()
+    data["memory"], data["phases"] = {}, {"forward": data["phases"]["forward"]}
+    source = PredictedLatency(Predictor.from_data(data))
+    assert source.held(load("gpt2"), Context(1, 64, 64)) is None
+    with pytest.raises(ZooError, match="not calibrated for train; its calibration has forward"):
+        source.latency(load("gpt2"), Context(1, 64, 64), "train")
 
 
 def _work(context: Context) -> Any:
@@ -122,7 +160,9 @@ def test_drift_that_the_sentinel_feels_is_taken_out(tmp_path: Path, exact: Predi
     wanted, found = (one.predict(sample.parts("forward")).seconds for one in (exact, drifting))
     assert found == pytest.approx(wanted, rel=0.02)
     assert drifting.sentinel == {"forward": 1e-3, "decode": 1e-3}
-    assert drifting.drift({"forward": 1.2e-3, "decode": 1e-3}) == pytest.approx({"forward": 1.2, "decode": 1.0})
+    assert drifting.drift({"forward": 1.2e-3, "decode": 1e-3}) == pytest.approx(
+        {"forward": 1.2, "decode": 1.0, "train": 1.2}
+    )
 
 
 def test_a_machine_that_is_never_quiet_is_refused_and_nothing_replaced(tmp_path: Path) -> None:
@@ -213,7 +253,7 @@ def test_a_predictor_is_saved_whole_and_read_again(exact: Predictor, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(format=7), "format 7; this zoo reads 2"),
+        (lambda data: data.update(format=7), "format 7; this zoo reads 3"),
         (lambda data: data["phases"].update(prefil=data["phases"]["forward"]), "unknown phases prefil"),
         (lambda data: data.pop("profile"), "not a calibration"),
         (lambda data: data.update(profile="name: x\n"), "required"),

@@ -7,7 +7,7 @@ import pytest
 from zoo.accounting import Piece, Workload, places
 from zoo.cost import Cost
 from zoo.hardware.features import CACHE, LARGE, by_piece, features
-from zoo.hardware.samples import parts_of
+from zoo.hardware.work import parts_of
 from zoo.spec.document import load
 
 PRODUCT = Cost(kind="linear", flops=100.0, backward=250.0, traffic=30.0, weights=10.0, peak=8.0)
@@ -31,12 +31,14 @@ def test_a_kind_has_its_own_terms_and_none_that_are_zero() -> None:
             "linear.outputs": 8,
             "linear.cold_calls": cold,
             "linear.cold_weights": 10 * cold,
+            "linear.cold_inputs": 12 * cold,
             "mamba.modules": 1,
             "scan.calls": 1,
             "scan.pointwise": 7,
             "scan.inputs": 5,
             "scan.steps": 3,
             "scan.cold_calls": cold,
+            "scan.cold_inputs": 5 * cold,
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from zoo.hardware.modules import ModuleTimes
 from zoo.hardware.samples import Sample
 from zoo.hardware.stopwatch import DeviceStopwatch
 from zoo.model import build
-from zoo.spec.document import load
+from zoo.spec.document import load, parse
+from zoo.train.bench import trainer
 
 
 class Clock:
@@ -138,6 +140,36 @@ def test_a_device_reads_samples_and_their_modules(monkeypatch: pytest.MonkeyPatc
         whole = summed(counts for counts, _ in found)
         assert whole == pytest.approx(features(sample.parts(phase), phase))
         assert sum(seconds for _, seconds in found) == pytest.approx(sum(reading.modules.values()))
+
+
+def test_a_thorough_sample_is_trained_and_its_memory_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "SETTLE_SECONDS", 0.0)
+    device, spec = resolve_device("cpu", 1), load("tiny-bytes")
+    sample = Sample(spec, 2, 16, 8, True, thorough=True)
+    (found,), _ = DeviceStopwatch(device, trainer(device, "float32")).read([sample])
+    assert set(found) == {"forward", "decode", "train"}
+    assert found["train"].seconds > found["forward"].seconds and not found["train"].modules
+    for phase, reading in found.items():
+        assert reading.held == pytest.approx(sample.held(phase), rel=0.1)
+    (untrained,), _ = DeviceStopwatch(device).read([sample])
+    assert set(untrained) == {"forward", "decode"} and untrained["decode"].held is not None
+    (quick,), _ = DeviceStopwatch(device, trainer(device, "float32")).read([replace(sample, thorough=False)])
+    assert set(quick) == {"forward", "decode"} and quick["forward"].held is None
+
+
+def test_the_memory_of_decoding_counts_both_states_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "SETTLE_SECONDS", 0.0)
+    mixers = ("{type: attention, heads: 4, window: 48}", "{type: attention, heads: 4}")
+    layers = ", ".join(f"{{mixer: {mixer}, channel: glu}}" for mixer in mixers)
+    around = "width: 64, context: 512, stem: {type: token, vocab: 64}, head: language_model"
+    sample = Sample(parse(f"{{{around}, body: {{layers: [{layers}]}}}}"), 8, 16, 256, True, thorough=True)
+    (found,), _ = DeviceStopwatch(resolve_device("cpu", 1)).read([sample])
+    assert found["decode"].held == pytest.approx(sample.held("decode"), rel=0.03)
+
+
+def test_nobody_trains_where_no_loss_or_precision_belongs_to_it() -> None:
+    sample = Sample(load("tiny-bytes"), 1, 8, 0, True)
+    assert trainer(resolve_device("cpu", 1), "float16")(sample) is None
 
 
 def test_models_run_as_before_while_they_are_timed() -> None:

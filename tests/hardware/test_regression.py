@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
-from zoo.hardware.regression import Regression, fit, without
+from zoo.hardware.regression import PROPORTIONAL, Growth, Regression, fit, without
 
 NAMES = ("launches", "flops", "bytes")
 TRUE = np.array([2e-6, 1e-10, 5e-10])
@@ -50,6 +50,47 @@ def test_outliers_hardly_matter() -> None:
     seconds[:6] *= 8
     found = fit(features, seconds, NAMES)
     np.testing.assert_allclose(found.coefficients, TRUE, rtol=0.1)
+
+
+def grown(rows: int, power: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Work of very different sizes, which takes longer than its parts by a power of its size."""
+    rng = np.random.default_rng(seed)
+    features, seconds = measured(rows, 0.03, seed)
+    sizes = 10 ** rng.uniform(-1, 1, rows)
+    return features * sizes[:, None], seconds * sizes * (seconds * sizes / np.median(seconds)) ** power
+
+
+def test_what_grows_faster_than_its_parts_is_learned_behind_the_sum() -> None:
+    features, seconds = grown(120, 0.2)
+    found = fit(features[:60], seconds[:60], NAMES)
+    errors, sums = (np.abs(each(features[60:]) / seconds[60:] - 1).mean() for each in (found.predict, found.sums))
+    assert found.growth.power == pytest.approx(0.2, abs=0.03) and errors < 0.6 * sums
+    assert found.error == pytest.approx(errors, rel=0.3)
+    assert Regression.from_data(json.loads(json.dumps(found.as_data()))).growth == found.growth
+
+
+def test_a_growth_is_learned_only_where_it_helps_what_was_held_out() -> None:
+    for seed in range(5):
+        assert fit(*grown(60, 0.0, seed), NAMES).growth == PROPORTIONAL
+    assert fit(*grown(20, 0.2), NAMES).growth == PROPORTIONAL, "too few to tell"
+
+
+@given(st.floats(-0.4, 0.4), st.floats(1e-9, 1e9), st.floats(1.0, 1e6), st.floats(1e-12, 1e12))
+def test_a_growth_has_an_inverse_and_is_proportional_beyond_what_was_timed(
+    power: float, low: float, width: float, seconds: float
+) -> None:
+    growth = Growth(power, low, low, low * width)
+    assert growth.inverse(growth(seconds)) == pytest.approx(seconds)
+    assert growth(2 * seconds) > growth(seconds)
+    assert growth(low * width * 3) == pytest.approx(3 * growth(low * width))
+    assert growth(low / 3) == pytest.approx(low / 3)
+
+
+def test_a_growth_of_nothing_and_of_everything() -> None:
+    growth = Growth(0.1, 1e-3, 1e-4, 1e-2)
+    for end in (0.0, math.inf):
+        assert growth(end) == growth.inverse(end) == end
+    assert PROPORTIONAL(3.0) == PROPORTIONAL.inverse(3.0) == 3.0
 
 
 def test_intervals_cover_what_they_say() -> None:
@@ -132,7 +173,7 @@ def test_wrong_measurements_are_errors() -> None:
     with pytest.raises(ZooError, match="a name for each feature"):
         fit(features, seconds, NAMES[:2])
     prior = fit(features, seconds, ("launches", "flops", "hops"))
-    with pytest.raises(ZooError, match="other features: bytes, hops"):
+    with pytest.raises(ZooError, match="further features: hops"):
         fit(features, seconds, NAMES, prior=prior)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from fakes import FakeEvaluator, FakeLatency
 from test_report import report
 
 from zoo.accounting import Workload
+from zoo.device import resolve_device
 from zoo.errors import InfeasibleError, ZooError
 from zoo.hardware.predictor import PredictedLatency, Predictor
 from zoo.hardware.profile import load_profile
-from zoo.hardware.regression import Regression
+from zoo.hardware.regression import PROPORTIONAL, Growth, Regression
 from zoo.hardware.roofline import roofline
-from zoo.hardware.samples import parts_of
+from zoo.hardware.work import parts_of
 from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, latency_device
 from zoo.search.finalists import FILE, load_finalists
@@ -30,13 +32,15 @@ from zoo.search.study import SearchListener, SearchSettings, run_search
 BUDGET = "latency<=2.2ms@cpu{seq=64,quantile=0.9}"
 
 
-def predictor(date: str = "2026-11-26", errors: float = 0.1) -> Predictor:
+def predictor(date: str = "2026-11-26", errors: float = 0.1, growth: Growth = PROPORTIONAL) -> Predictor:
     """A nanosecond for each floating-point operation of every kind of operator in the small space."""
     specs = [fakes.tiny().spec_at(point) for point in fakes.tiny().homogeneous().values()]
     pieces = [piece for spec in specs for part in parts_of(spec, Workload(1, 64), "forward") for piece in part]
     kinds = sorted({operator.kind for piece in pieces for operator in piece.operators})
     names = tuple(f"{kind}.flops" for kind in kinds)
-    found = Regression(names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-errors, errors, 41))
+    found = Regression(
+        names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-errors, errors, 41), 0.0, growth
+    )
     return Predictor(load_profile("h100"), "0123456789ab", "float32", {"forward": found}, made={"date": date})
 
 
@@ -102,6 +106,22 @@ def test_the_front_of_a_predicted_search_is_measured_when_it_ends(tmp_path: Path
     assert figure["inside"] == sum(row["inside"] for row in rows)
     assert figure["meets"] == sum(row["meets"] for row in rows)
     assert write_results(tmp_path / "run").data["finalists"] == results.data["finalists"]
+
+
+def test_finalists_say_how_the_machine_has_changed_since_its_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.hardware.stopwatch import DeviceStopwatch
+
+    monkeypatch.setattr(DeviceStopwatch, "sentinel", lambda self: {"forward": 1.2e-3})
+    here = replace(predictor(), device=resolve_device("cpu").id, sentinel={"forward": 1e-3})
+    results = predicted(tmp_path / "here", source=PredictedLatency(here), budget="latency<=1s@cpu{seq=64}")
+    assert {row["drift"] for row in results.data["finalists"]["rows"]} == {1.2}
+    (figure,) = results.data["finalists"]["figures"]
+    assert "The machine took 1.20 times as long for the same as when it was calibrated." in figure["sentence"]
+    elsewhere = PredictedLatency(replace(here, device="another"))
+    results = predicted(tmp_path / "elsewhere", source=elsewhere, budget="latency<=1s@cpu{seq=64}")
+    assert {row["drift"] for row in results.data["finalists"]["rows"]} == {None}
 
 
 def test_only_new_finalists_are_measured_when_a_search_goes_on(tmp_path: Path) -> None:
@@ -184,8 +204,9 @@ def test_a_search_is_not_continued_with_other_latencies(tmp_path: Path, changed:
     assert named in str(error.value)
 
 
-def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path) -> None:
-    source = PredictedLatency(predictor())
+@pytest.mark.parametrize("growth", [PROPORTIONAL, Growth(0.3, 5e-4, 1e-4, 1e-2), Growth(-0.2, 5e-3, 1e-3, 1e-2)])
+def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path, growth: Growth) -> None:
+    source = PredictedLatency(predictor(growth=growth))
     results = predicted(tmp_path / "run", source=source, trials=10)
     (name,) = results.data["latency"]
     space = fakes.tiny()

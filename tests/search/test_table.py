@@ -17,7 +17,7 @@ from zoo.search.budget import METRICS
 from zoo.search.options import largest_sum, smallest_sum
 from zoo.search.program import Point
 from zoo.search.space import Space, load_space
-from zoo.search.table import CostTable
+from zoo.search.table import CostTable, Extra
 from zoo.spec.document import spec_names
 
 REAL = sorted(spaces.real())
@@ -49,10 +49,12 @@ def test_figures_are_those_of_the_whole_spec(name: str, work: Workload) -> None:
 
 @pytest.mark.parametrize("whole", [False, True], ids=["by layer", "whole"])
 @pytest.mark.parametrize("name", REAL)
-def test_extra_figures_are_sums_over_the_parts(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extra_figures_follow_from_sums_over_the_parts(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     extras = {
-        "seconds": lambda place: place.component.cost(place.scope, place.tokens).traffic / 3e9,
-        "mixers": lambda place: float(hasattr(place.component, "mixer")),
+        "seconds": Extra(lambda place: place.component.cost(place.scope, place.tokens).traffic / 3e9),
+        "mixers": Extra(
+            lambda place: float(hasattr(place.component, "mixer")), lambda total: 2 * total, lambda f: f / 2
+        ),
     }
     if whole:
         monkeypatch.setattr(table, "_hands_on", lambda place: False)
@@ -63,7 +65,10 @@ def test_extra_figures_are_sums_over_the_parts(name: str, whole: bool, monkeypat
         expected = counted(space, point, work)
         if expected is not None:
             parts = list(places(space.spec_at(point).fill(), work))
-            expected |= {name: sum(map(extra, parts)) for name, extra in extras.items()}
+            expected |= {
+                "seconds": sum(map(extras["seconds"].part, parts)),
+                "mixers": 2 * sum(map(extras["mixers"].part, parts)),
+            }
         assert costs.figures(point) == expected
     low, high = costs.range_of("seconds")
     assert 0 < low <= high
@@ -88,7 +93,7 @@ def test_figures_of_many_points(whole: bool, monkeypatch: pytest.MonkeyPatch) ->
     if whole:
         monkeypatch.setattr(table, "_hands_on", lambda place: False)
     space = spaces.real()["shared"]
-    costs = CostTable(space, Workload(), {"parts": lambda place: 1.0})
+    costs = CostTable(space, Workload(), {"parts": Extra(lambda place: 1.0)})
     rng = random.Random(0)
     points = [space.sample(rng) for _ in range(30)]
     found = costs.figures_of(points)
@@ -101,7 +106,7 @@ def test_figures_of_many_points(whole: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_extra_figure_may_not_hide_another() -> None:
     with pytest.raises(ZooError, match="may not be called 'flops'"):
-        CostTable(spaces.hybrid(), Workload(), {"flops": lambda place: 0.0})
+        CostTable(spaces.hybrid(), Workload(), {"flops": Extra(lambda place: 0.0)})
 
 
 def test_figures_all_over_a_space() -> None:

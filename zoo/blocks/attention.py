@@ -232,7 +232,7 @@ class Attention(HeadMixer):
         children = dict(self.children(scope))
         norms = [(children.pop(f"{name}_norm"), n) for name, n in self.normed()]
         size = call.element_bytes
-        queries, keys = call.rows * heads * head_dim, call.batch * self.keys(call) * kv_heads * head_dim
+        queries = call.rows * heads * head_dim
         last = children.pop("out").cost(call).holding(float(queries * size))
         reading = [children.pop(name).cost(call) for name in ("query", "key", "value", "gate") if name in children]
         total = of_one_input(reading, call.rows * scope.width * size)
@@ -249,7 +249,8 @@ class Attention(HeadMixer):
             multiplied = elementwise(queries, size, operations=2, operands=3, saved=0)
             total += replace(multiplied, saved=gates).holding(queries * size + gates)
             last = last.holding(gates)
-        return (total + last).holding(float((queries + 2 * keys) * size))
+        # Those of the past are in the state.
+        return (total + last).holding(float((queries + 2 * call.rows * kv_heads * head_dim) * size))
 
     def normed(self) -> list[tuple[str, int]]:
         """What is normalised, and how many heads it has."""

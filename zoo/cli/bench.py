@@ -162,14 +162,16 @@ def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
 def _print_predicted(rows: list[dict[str, Any]], bound_by: str | None) -> None:
     """Predictions, each with its ratio to what was measured, and the share of the peak that was reached."""
     predicting = any(row["predicted"] is not None for row in rows)
-    columns = ["predicted / measured", "memory", "ratio"]
-    columns += ["latency", "ratio"] if predicting else []
+    columns = ["predicted / measured", "counted memory", "ratio"]
+    columns += ["memory", "ratio", "latency", "ratio"] if predicting else []
     columns += [f"least on {bound_by}", "ratio", "of peak"] if bound_by else []
     table = []
     for row in rows:
         cells = [_called(row), _shown(row["counted_memory"], "bytes"), _ratio(row["counted_memory"], row["memory"])]
         if predicting:
             seconds = None if row["predicted"] is None else row["predicted"]["seconds"]
+            held = None if row["predicted_memory"] is None else row["predicted_memory"]["bytes"]
+            cells += [_shown(held, "bytes"), _ratio(held, row["memory"])]
             cells += [_time(seconds), _ratio(seconds, row["median"])]
         if bound_by:
             cells += [_time(row["bound"]), _ratio(row["bound"], row["median"]), _percent(row["share_of_peak"])]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.cli.output import console, print_json, print_table
 from zoo.errors import ZooError
 from zoo.quantity import format_quantity
+
+if TYPE_CHECKING:
+    from zoo.hardware.features import Phase
+    from zoo.hardware.regression import Regression
 
 
 def list_devices(as_json: bool) -> None:
@@ -84,6 +88,7 @@ def calibrate_device(
     from zoo.hardware.probe import probe
     from zoo.hardware.stopwatch import DeviceStopwatch
     from zoo.hardware.store import calibration_path, find_predictor, log_path
+    from zoo.train.bench import trainer
 
     place, dtype = resolve_device(device, threads), ALIASES.get(dtype, dtype)
     before = None if prior is None else find_predictor(prior, dtype)
@@ -94,7 +99,7 @@ def calibrate_device(
     with _progress() as tell:
         try:
             predictor = calibrate(
-                DeviceStopwatch(place),
+                DeviceStopwatch(place, trainer(place, dtype)),
                 probe(place),
                 log,
                 dtype=dtype,
@@ -107,21 +112,29 @@ def calibrate_device(
             raise ZooError(f"interrupted; the same command goes on, what was timed is in {log}") from None
     predictor.save(path)
     log.unlink(missing_ok=True)
-    facts = {
-        phase: {"samples": len(found.errors), "error": found.error, "interval": predictor.interval(phase)}
-        for phase, found in predictor.regressions.items()
-    }
     if as_json:
-        print_json({"file": str(path), "device": str(place), "made": dict(predictor.made), "phases": facts})
+        facts = {"phases": _accuracy(predictor.regressions), "memory": _accuracy(predictor.memory)}
+        print_json({"file": str(path), "device": str(place), "made": dict(predictor.made), **facts})
         return
     rows = [
-        (phase, str(len(found.errors)), f"{found.error:.1%}", f"{low - 1:+.0%} to {high - 1:+.0%}")
-        for phase, found in predictor.regressions.items()
-        for low, high in [predictor.interval(phase)]
+        (f"{what}{phase}", str(found["samples"]), f"{found['error']:.1%}", f"{low - 1:+.1%} to {high - 1:+.1%}")
+        for what, regressions in (("", predictor.regressions), ("memory, ", predictor.memory))
+        for phase, found in _accuracy(regressions).items()
+        for low, high in [found["interval"]]
     ]
     title = f"{place}: error on models that the fit has not seen"
     print_table(title, ("phase", "models", "mean error", "90% of them within"), rows, right=(1, 2))
     console().print(f"wrote {path}", soft_wrap=True)
+
+
+def _accuracy(regressions: Mapping[Phase, Regression]) -> dict[Phase, dict[str, Any]]:
+    """How far predictions of each phase may be trusted."""
+    from zoo.hardware.predictor import COVERAGE
+
+    return {
+        phase: {"samples": len(found.errors), "error": found.error, "interval": found.interval(COVERAGE)}
+        for phase, found in regressions.items()
+    }
 
 
 def _drawn_from(name: str, dtype: str) -> Iterator[Any]:

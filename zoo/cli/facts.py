@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.cli.bounds import mesh_facts
 from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, shown
-from zoo.cli.predictions import predicted, prediction_facts, print_predictions
+from zoo.cli.predictions import Prediction, predicted, prediction_facts, print_predictions
 from zoo.errors import ZooError, did_you_mean
 
 if TYPE_CHECKING:
@@ -263,14 +263,14 @@ def print_cost(
         total |= _stored(spec, work, weights, total)
     measured = {} if device is None else dict(_measured(spec, work, device))
     least = {} if bound_by is None else _rooflines(spec, work, bound_by)
-    predictions = [] if predict_on is None else predicted(spec, work, predict_on)
+    prediction = Prediction([], {}) if predict_on is None else predicted(spec, work, predict_on)
     meshes = {} if mesh is None else mesh.costs(spec, work)
     picture = "" if drawing is None else drawing.draw(spec, work)
     if as_json:
         rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
         facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
         bounds = {"roofline": {phase: _bounds(parts) for phase, parts in least.items()}, "mesh": mesh_facts(meshes)}
-        print_json({**facts, "detail": breakdown(spec, work), **bounds, "predicted": prediction_facts(predictions)})
+        print_json({**facts, "detail": breakdown(spec, work), **bounds, **prediction_facts(prediction)})
         return
     if layers:
         columns = ("params", "flops", "traffic", "state", "activations")
@@ -301,7 +301,7 @@ def print_cost(
         title = f"at least, on {bound_by} (roofline: a bound, not a forecast)"
         print_table(title, ("", "in all", *(f"bound by {name}" for name in BOUNDS)), times, right=(1, 2, 3, 4))
     if predict_on is not None:
-        print_predictions(predictions, predict_on, layers)
+        print_predictions(prediction, predict_on, layers)
     if picture:
         print(picture)
     if mesh is not None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from zoo.errors import ZooError
 from zoo.hardware.features import PHASES, Part, Phase, by_piece, features, summed
-from zoo.hardware.predictor import Predictor, slowdown
+from zoo.hardware.predictor import COUNTED, Predictor, slowdown
 from zoo.hardware.profile import Profile
 from zoo.hardware.regression import Floats, Regression, Wholes, fit
 from zoo.hardware.roofline import least_seconds
@@ -32,7 +32,7 @@ from zoo.latency import Clock
 if TYPE_CHECKING:
     from zoo.hardware.stopwatch import Readings, Sentinel, Stopwatch
 
-POOL = 600
+POOL = 400
 """Samples that the informative half is chosen from."""
 PAIR = 2
 """Informative samples, and as many typical ones, that are timed against each other."""
@@ -64,17 +64,20 @@ class Step:
 
 
 Row = tuple[Mapping[str, float], float]
-"""Features, and the seconds that they took."""
+"""Features, and the seconds that they took; or what is counted, and the bytes that were held."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What is kept of a sample: by phase itself and its modules, and whether the machine was disturbed meanwhile."""
+    """What is kept of a sample: by phase its seconds, those of its modules, and the bytes that it held; and whether the
+    machine was disturbed meanwhile.
+    """
 
     key: str
     typical: bool
     whole: Mapping[Phase, Row]
     modules: Mapping[Phase, Sequence[Row]]
+    held: Mapping[Phase, Row]
     sentinel: Mapping[Phase, float]
     disturbed: bool
 
@@ -148,10 +151,10 @@ def calibrate(
     groups = _groups(profile, dtype, pool, seed, {timed.key for timed in kept.timed})
     sentinels = [timed.sentinel for timed in kept.timed if not timed.disturbed]
     while kept.spent < seconds:
+        start = clock()
         group = next(groups, None)
         if group is None:
             break
-        start = clock()
         found, sentinel, disturbed = _undisturbed(stopwatch, group, sentinels)
         if not disturbed:
             sentinels += [sentinel] * len(group)
@@ -169,7 +172,12 @@ def _timed(sample: Sample, readings: Readings, sentinel: Sentinel, disturbed: bo
         sample.key,
         sample.typical,
         {phase: (features(parts[phase], phase), reading.seconds) for phase, reading in readings.items()},
-        {phase: rows(parts[phase], phase, reading.modules) for phase, reading in readings.items()},
+        {phase: rows(parts[phase], phase, reading.modules) for phase, reading in readings.items() if reading.modules},
+        {
+            phase: ({COUNTED: sample.held(phase)}, reading.held)
+            for phase, reading in readings.items()
+            if reading.held is not None
+        },
         sentinel,
         disturbed,
     )
@@ -224,7 +232,9 @@ def _groups(
     )
     typical = iter(pool if pool is not None else drawn(random.Random(seed + 1), dtype, typical=True))
     while True:
-        group = [*itertools.islice(informative, PAIR), *take(typical, PAIR, guess, LONGEST, seen)]
+        drawn_ones = take(typical, PAIR, guess, LONGEST, seen)
+        group = [*itertools.islice(informative, PAIR), *drawn_ones[1:]]
+        group += [replace(sample, thorough=True) for sample in drawn_ones[:1]]
         if not group:
             return
         yield group
@@ -268,10 +278,16 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
         )
     usual = _usual([item.sentinel for item in good] or [timed[0].sentinel]) if timed else {}
     regressions: dict[Phase, Regression] = {}
+    memory: dict[Phase, Regression] = {}
     for phase in PHASES:
         mine = [_at_usual_speed(item, usual) for item in good if phase in item.whole]
         if len(mine) >= FEWEST:
-            regressions[phase] = _regression(mine, phase, prior)
+            regressions[phase] = _regression(mine, phase, _before(phase, prior, regressions))
+        held = [item.held[phase] for item in good if phase in item.held]
+        if len(held) >= FEWEST:
+            memory[phase] = fit(
+                _matrix([counts for counts, _ in held], [COUNTED]), [size for _, size in held], [COUNTED]
+            )
     if not regressions:
         raise ZooError(f"{len(good)} samples are too few for a calibration, which needs {FEWEST}; give it more time")
     made = {
@@ -279,7 +295,16 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
         "samples": str(len(good)),
         **{name: version(name) for name in ("torch", "zoo-nas")},
     }
-    return Predictor(profile, device, dtype, regressions, usual, made)
+    return Predictor(profile, device, dtype, regressions, usual, made, memory)
+
+
+def _before(phase: Phase, prior: Predictor | None, found: Mapping[Phase, Regression]) -> Regression | None:
+    """What is known of a phase before it is fitted: another device's costs; of training, which few samples are timed
+    in, that it is some times a forward pass.
+    """
+    if prior is not None and phase in prior.regressions:
+        return prior.regressions[phase]
+    return found.get("forward") if phase == "train" else None
 
 
 def _at_usual_speed(timed: Timed, usual: Mapping[Phase, float]) -> Timed:
@@ -297,17 +322,21 @@ def _at_usual_speed(timed: Timed, usual: Mapping[Phase, float]) -> Timed:
     )
 
 
-def _regression(timed: list[Timed], phase: Phase, prior: Predictor | None) -> Regression:
-    before = None if prior is None else prior.regressions.get(phase)
+def _regression(timed: list[Timed], phase: Phase, before: Regression | None) -> Regression:
     wholes = [item.whole[phase] for item in timed]
-    # A module so fast that the clock stood still tells nothing.
-    parts = [(index, row) for index, item in enumerate(timed) for row in item.modules[phase] if row[1] > 0]
     names = sorted({name for counts, _ in wholes for name in counts} | set(before.names if before else ()))
+    # A module so fast that the clock stood still tells nothing; training is timed as a whole.
+    parts = [
+        (index, row)
+        for index, item in enumerate(timed)
+        for row in item.modules.get(phase, [item.whole[phase]])
+        if row[1] > 0
+    ]
     found = fit(
         _matrix([counts for _, (counts, _) in parts], names),
         [seconds for _, (_, seconds) in parts],
         names,
-        prior=None if before is None else before.widened(names),
+        prior=before,
         wholes=Wholes(
             np.array([index for index, _ in parts]),
             _matrix([counts for counts, _ in wholes], names),

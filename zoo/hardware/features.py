@@ -30,8 +30,8 @@ def features(parts: Iterable[Part], phase: Phase = "forward") -> dict[str, float
 
     calls: starts. flops: of matrix products, with the backward ones in training. pointwise: other operations. inputs,
     weights, outputs: bytes read and made. large_inputs, large_outputs: bytes of those that do not stay in a cache.
-    steps: parts that wait for each other. cold_calls, cold_weights: calls and weights times the share that a part
-    which moves `b` bytes finds outside of a cache, `b / (b + CACHE)`.
+    steps: parts that wait for each other. cold_calls, cold_weights, cold_inputs: calls, weights, and inputs, among
+    which are states, times the share that a part which moves `b` bytes finds outside of a cache, `b / (b + CACHE)`.
     """
     return summed(counts for part in parts for _, counts in by_piece(part, phase))
 
@@ -69,5 +69,6 @@ def _of_operator(operator: Operator, phase: Phase, cold: float) -> dict[str, flo
         "steps": operator.steps,
         "cold_calls": cold,
         "cold_weights": weights * cold,
+        "cold_inputs": inputs * cold,
     }
     return {f"{operator.kind}.{term}": amount * operator.calls for term, amount in terms.items() if amount}

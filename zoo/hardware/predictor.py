@@ -1,8 +1,8 @@
 """Latency predicted from a calibration: counted work times fitted costs, with the interval in which measurements fall.
 
 A predictor belongs to one device and dtype. For each phase it holds a regression of seconds on the features of
-operators (`zoo.hardware.features`). Work of a kind that was never timed is not free: it takes what the device's
-roofline says, with a wide interval and a warning.
+operators (`zoo.hardware.features`), and one of the peak of memory on what is counted. Work of a kind that was never
+timed is not free: it takes what the device's roofline says, with a wide interval and a warning.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from zoo.accounting import ALIASES, Piece, Place, Workload
 from zoo.errors import ZooError
 from zoo.hardware.features import PHASES, Part, Phase, features
 from zoo.hardware.profile import Profile, parse_profile
-from zoo.hardware.regression import Regression
+from zoo.hardware.regression import Growth, Regression
 from zoo.hardware.roofline import least_seconds
-from zoo.hardware.samples import parts_of
+from zoo.hardware.work import held_bytes, parts_of, pieces_of
 from zoo.latency import Context, LatencyFigure
-from zoo.latency import Phase as TimedPhase
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
     from zoo.cost import Operator
 
-FORMAT = 2
+FORMAT = 3
 """The version of the file."""
 COVERAGE = 0.9
+COUNTED = "counted"
+"""What memory is a regression on: the bytes of `zoo.hardware.work.held_bytes`."""
 UNKNOWN_HIGH = 4.0
 """How many times the roofline's seconds work of an unknown kind may take: real kernels reach a quarter of a peak."""
 
@@ -46,12 +47,33 @@ class Prediction:
     unknown: tuple[str, ...] = ()
 
 
+class Held(NamedTuple):
+    """Bytes that are held at once, and the interval in which `COVERAGE` of measurements lie."""
+
+    bytes: float
+    low: float
+    high: float
+
+
+class _Work(NamedTuple):
+    """Seconds of work of known kinds as its costs add up, the least that the rest takes, and the kinds of the rest."""
+
+    known: float
+    floor: float
+    unknown: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.known + self.floor
+
+
 @dataclass(frozen=True)
 class Predictor:
     """What a calibration found for one device and dtype.
 
-    device: the `Device.id` that it was made on. regressions: by phase. sentinel: seconds of the sentinel meanwhile, see
-    `zoo.hardware.stopwatch`. made: date and versions.
+    device: the `Device.id` that it was made on. regressions: of seconds, by phase. sentinel: seconds of the sentinel
+    meanwhile, see `zoo.hardware.stopwatch`. made: date and versions. memory: of the bytes held at once on those that
+    are `COUNTED`, by phase.
     """
 
     profile: Profile
@@ -60,31 +82,38 @@ class Predictor:
     regressions: Mapping[Phase, Regression]
     sentinel: Mapping[Phase, float] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[Phase, Regression] = field(default_factory=dict)
 
     def predict(self, parts: Iterable[Part], phase: Phase = "forward") -> Prediction:
         """What a call takes, from the pieces of all its parts. O(operators)."""
-        known, unknown = self._apart(parts, phase)
-        seconds = self._seconds(features(known, phase), phase)
-        floor = least_seconds(unknown, self.profile, self.dtype, phase)
-        low, high = self.interval(phase)
-        kinds = tuple(sorted({piece.kind for piece in unknown}))
-        return Prediction(seconds + floor, seconds * low + floor, seconds * high + UNKNOWN_HIGH * floor, kinds)
+        work = self._work(parts, phase)
+        return self._prediction(work, self._factor(work.seconds, phase), phase)
 
-    def interval(self, phase: Phase) -> tuple[float, float]:
-        """The factors on a prediction between which `COVERAGE` of measurements lie; 0 and infinity where too few were
-        taken to say.
-        """
-        regression = self._regression(phase)
-        outside = (1 - COVERAGE) / 2
-        return regression.lower(outside), regression.upper(1 - outside)
+    def predict_each(self, parts: Iterable[Part], phase: Phase = "forward") -> list[Prediction]:
+        """What each part takes in a call of all of them, which takes what they take together."""
+        works = [self._work([part], phase) for part in parts]
+        factor = self._factor(sum(work.seconds for work in works), phase)
+        return [self._prediction(work, factor, phase) for work in works]
+
+    def held(self, spec: Spec, work: Workload, phase: Phase = "forward") -> Held | None:
+        """Bytes that are held at once, weights included; None where the calibration measured none."""
+        if phase not in self.memory:
+            return None
+        (found,) = self.memory[phase].predict([[held_bytes(spec, work, phase)]])
+        low, high = self.memory[phase].interval(COVERAGE)
+        return Held(float(found), float(found * low), float(found * high))
 
     def estimator(self, phase: Phase) -> Callable[[Place], float]:
-        """The seconds of one part of a model; those of all parts add up to the model's."""
+        """The seconds of one part of a model by itself, to be added up; `growth` makes the model's of their sum."""
 
         def seconds(place: Place) -> float:
-            return self.predict([place.pieces(phase == "decode")], phase).seconds
+            return self._work([pieces_of(place, phase)], phase).seconds
 
         return seconds
+
+    def growth(self, phase: Phase) -> Growth:
+        """What a model takes by the sum over its parts."""
+        return self._regression(phase).growth
 
     def factor(self, phase: Phase, quantile: float) -> float:
         """What a prediction is multiplied by to be a quantile of the measurements of such models."""
@@ -100,9 +129,28 @@ class Predictor:
             raise ZooError(f"{self.profile.name} was not calibrated for {phase}; its calibration has {have}")
         return self.regressions[phase]
 
-    def _seconds(self, counts: Mapping[str, float], phase: Phase) -> float:
+    def _work(self, parts: Iterable[Part], phase: Phase) -> _Work:
+        known, unknown = self._apart(parts, phase)
         costs = self._costs[phase]
-        return sum(costs.get(name, 0.0) * amount for name, amount in counts.items())
+        return _Work(
+            sum(costs.get(name, 0.0) * amount for name, amount in features(known, phase).items()),
+            least_seconds(unknown, self.profile, self.dtype, phase),
+            tuple(sorted({piece.kind for piece in unknown})),
+        )
+
+    def _factor(self, seconds: float, phase: Phase) -> float:
+        """What a whole takes over the sum of its parts."""
+        return self.growth(phase)(seconds) / seconds if seconds else 1.0
+
+    def _prediction(self, work: _Work, factor: float, phase: Phase) -> Prediction:
+        low, high = self._regression(phase).interval(COVERAGE)
+        known, floor = work.known, work.floor
+        return Prediction(
+            factor * (known + floor),
+            factor * (known * low + floor),
+            factor * (known * high + UNKNOWN_HIGH * floor),
+            work.unknown,
+        )
 
     def _apart(self, parts: Iterable[Part], phase: Phase) -> tuple[list[Part], list[Operator]]:
         """The parts with the operators of known kinds alone, and those of others."""
@@ -137,6 +185,7 @@ class Predictor:
             "sentinel": dict(self.sentinel),
             "made": dict(self.made),
             "phases": {phase: found.as_data() for phase, found in self.regressions.items()},
+            "memory": {phase: found.as_data() for phase, found in self.memory.items()},
         }
 
     @classmethod
@@ -145,7 +194,7 @@ class Predictor:
         try:
             if data["format"] != FORMAT:
                 raise ZooError(f"{file}: format {data['format']}; this zoo reads {FORMAT}; calibrate again")
-            wrong = set(data["phases"]) - set(PHASES)
+            wrong = {*data["phases"], *data["memory"]} - set(PHASES)
             if wrong:
                 raise ZooError(f"{file}: unknown phases {', '.join(sorted(wrong))}; known: {', '.join(PHASES)}")
             return cls(
@@ -153,6 +202,7 @@ class Predictor:
                 device=str(data["device"]),
                 dtype=str(data["dtype"]),
                 regressions={phase: Regression.from_data(found) for phase, found in data["phases"].items()},
+                memory={phase: Regression.from_data(found) for phase, found in data["memory"].items()},
                 sentinel={phase: float(data["sentinel"][phase]) for phase in PHASES if phase in data["sentinel"]},
                 made={str(key): str(value) for key, value in data["made"].items()},
             )
@@ -182,8 +232,13 @@ def _without(piece: Piece, seen: set[str]) -> Piece:
 
 
 def slowdown(sentinel: Mapping[Phase, float], usual: Mapping[Phase, float]) -> dict[Phase, float]:
-    """How many times longer the sentinel takes than usual, in each phase that both have."""
-    return {phase: seconds / usual[phase] for phase, seconds in sentinel.items() if phase in usual}
+    """How many times longer the sentinel takes than usual, in each phase that both have; training is slow when a
+    forward pass is.
+    """
+    found: dict[Phase, float] = {phase: seconds / usual[phase] for phase, seconds in sentinel.items() if phase in usual}
+    if "forward" in found:
+        found["train"] = found["forward"]
+    return found
 
 
 def load_predictor(path: Path) -> Predictor:
@@ -198,22 +253,22 @@ def load_predictor(path: Path) -> Predictor:
 
 
 class PredictedLatency:
-    """A `LatencySource` that asks a predictor: microseconds for each spec, and no model is built."""
+    """A `LatencySource` that asks a predictor: microseconds for each spec, and no model is built.
+
+    It knows steps of training as well, and what is held of memory.
+    """
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self._warned: set[str] = set()
 
-    def latency(
-        self, spec: Spec, context: Context, phase: TimedPhase = "forward", quantile: float = 0.5
-    ) -> LatencyFigure:
-        if ALIASES.get(context.dtype, context.dtype) != self.predictor.dtype:
-            raise ZooError(
-                f"{self.predictor.profile.name} was calibrated in {self.predictor.dtype}, not {context.dtype}; "
-                f"`zoo device calibrate --dtype {context.dtype}` does that"
-            )
-        work = Workload(context.batch, context.seq, context.past, context.dtype)
-        found = self.predictor.predict(parts_of(spec, work, phase), phase)
+    @property
+    def phases(self) -> Collection[Phase]:
+        """What it knows of."""
+        return self.predictor.regressions.keys()
+
+    def latency(self, spec: Spec, context: Context, phase: Phase = "forward", quantile: float = 0.5) -> LatencyFigure:
+        found = self.predictor.predict(parts_of(spec, self._work(context), phase), phase)
         fresh = set(found.unknown) - self._warned
         if fresh:
             self._warned |= fresh
@@ -232,3 +287,15 @@ class PredictedLatency:
         if found.unknown and quantile > 0.5:
             seconds = max(seconds, found.high)
         return LatencyFigure(seconds, found.low, found.high, "predicted", self.predictor.profile.name)
+
+    def held(self, spec: Spec, context: Context, phase: Phase = "forward") -> Held | None:
+        """Bytes that are held at once, weights included; None where the calibration measured none."""
+        return self.predictor.held(spec, self._work(context), phase)
+
+    def _work(self, context: Context) -> Workload:
+        if ALIASES.get(context.dtype, context.dtype) != self.predictor.dtype:
+            raise ZooError(
+                f"{self.predictor.profile.name} was calibrated in {self.predictor.dtype}, not {context.dtype}; "
+                f"`zoo device calibrate --dtype {context.dtype}` does that"
+            )
+        return Workload(context.batch, context.seq, context.past, context.dtype)

@@ -2,13 +2,15 @@
 
 Every term of the sum is a figure that is known beforehand, such as multiplications, bytes or launches, so a coefficient
 is a cost per unit, and cannot be negative. Few measurements are enough, fewer still with another device as a prior.
+What times do that no sum can say, such as to grow faster than the work once caches are too small for all of it, is
+learned behind the sum, where that predicts measurements better that were held out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -25,15 +27,50 @@ ROUNDS = 6
 """Rounds of reweighting; weights hardly move after the fourth."""
 FOLDS = 20
 """Into how many groups wholes are divided, each predicted from the parts of all others."""
-SHRINKAGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+SHRINKAGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of a prior that leave-one-out error chooses from."""
+GAIN = 0.05
+"""The share by which errors of what was held out have to fall for a growth to be kept."""
+FEWEST_GROWN = 30
+"""Measurements, or wholes, from which on a growth is looked for."""
+MOST_GROWTH = 0.5
+"""The power beyond which a growth is none of caches but of a wrong sum."""
 LEAST_NOISE = 1e-4
 """Relative deviations below this are no outliers, however small all others are."""
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What is learned behind a sum `s` of seconds: a time is `s (s / pivot)^power`, for sums from `low` to `high`.
+
+    Beyond these, which are those that it was learned from, times grow as the sums do.
+    """
+
+    power: float
+    pivot: float
+    low: float
+    high: float
+
+    def __call__(self, seconds: float) -> float:
+        """The time for a sum; it grows with the sum."""
+        return seconds * (min(max(seconds, self.low), self.high) / self.pivot) ** self.power
+
+    def inverse(self, time: float) -> float:
+        """The sum that has a time."""
+        if self(self.low) < time < self(self.high):
+            return self.pivot * (time / self.pivot) ** (1 / (1 + self.power))
+        end = self.low if time <= self(self.low) else self.high
+        return time * (end / self.pivot) ** -self.power
+
+
+PROPORTIONAL = Growth(0.0, 1.0, 1.0, 1.0)
+"""Nothing is learned: a time is the sum."""
+
+
+@dataclass(frozen=True)
 class Regression:
-    """`seconds = sum_j coefficients_j features_j`, what is known of its errors, and how sure the coefficients are.
+    """`seconds = growth(sum_j coefficients_j features_j)`, what is known of its errors, and how sure the coefficients
+    are.
 
     names: of the features. covariance: of the coefficients, `[features, features]`, as far as those above zero vary;
     errors: relative errors of each measurement, or each whole of parts, as predicted without it. shrinkage: the
@@ -45,9 +82,14 @@ class Regression:
     covariance: Floats
     errors: Floats
     shrinkage: float = 0.0
+    growth: Growth = PROPORTIONAL
 
     def predict(self, features: ArrayLike) -> Floats:
         """Seconds for `[rows, features]`."""
+        return np.array([self.growth(float(each)) for each in self.sums(features)])
+
+    def sums(self, features: ArrayLike) -> Floats:
+        """What adds up over the parts of a whole, for `[rows, features]`."""
         return np.asarray(features, dtype=np.float64) @ self.coefficients
 
     def spread(self, coverage: float) -> float:
@@ -74,6 +116,13 @@ class Regression:
         rank = math.floor((len(self.errors) + 1) * quantile)
         return 0.0 if rank < 1 else 1 + float(np.sort(self.errors)[rank - 1])
 
+    def interval(self, coverage: float) -> tuple[float, float]:
+        """The factors on a prediction between which a share `coverage` of new measurements lies, as many beyond either
+        end.
+        """
+        outside = (1 - coverage) / 2
+        return self.lower(outside), self.upper(1 - outside)
+
     def widened(self, names: Sequence[str]) -> Self:
         """The same over more features, of which those that it does not know cost nothing."""
         places = [list(names).index(name) for name in self.names]
@@ -99,6 +148,7 @@ class Regression:
             "covariance": self.covariance.tolist(),
             "errors": self.errors.tolist(),
             "shrinkage": self.shrinkage,
+            "growth": asdict(self.growth),
         }
 
     @classmethod
@@ -108,14 +158,17 @@ class Regression:
             names = tuple(map(str, data["names"]))
             arrays = (np.asarray(data[key], dtype=np.float64) for key in ("coefficients", "covariance", "errors"))
             coefficients, covariance, errors = arrays
-            found = cls(names, coefficients, covariance, errors, float(data["shrinkage"]))
-        except (KeyError, TypeError, ValueError) as error:
+            growth = Growth(**{key: float(value) for key, value in data["growth"].items()})
+            found = cls(names, coefficients, covariance, errors, float(data["shrinkage"]), growth)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ZooError(f"no regression: {type(error).__name__}: {error}") from None
         count = len(names)
         if found.coefficients.shape != (count,) or found.covariance.shape != (count, count) or found.errors.ndim != 1:
             raise ZooError(f"a regression on {count} features whose coefficients or covariance have other sizes")
         if not np.isfinite(found.coefficients).all() or (found.coefficients < 0).any():
             raise ZooError("the coefficients of a regression are costs, finite and not negative")
+        if not (-1 < growth.power < math.inf and 0 < growth.pivot < math.inf and 0 < growth.low <= growth.high):
+            raise ZooError(f"times grow with the sums that they follow from, found {growth}")
         return found
 
 
@@ -148,23 +201,59 @@ def fit(
     """Fit times to features, `[rows, features]` and `[rows]`.
 
     Minimises `sum_i w_i huber(features_i c / seconds_i - 1) + s sum_j (c_j - p_j)^2` over `c >= 0`, each coefficient in
-    units of its mean share; `p` is the prior's coefficients scaled to these times, and `s` is chosen by leave-one-out
-    error. `w` is one or, where rows are parts of `wholes`, the share of a row in its whole; then the coefficients are
-    scaled so that half of the wholes take longer than predicted, and errors are those of wholes that the fit has not
-    seen.
+    units of its mean share; `p` is the prior's coefficients scaled to these times, the second sum is over the features
+    that the prior knows, and `s` is chosen by leave-one-out error. `w` is one or, where rows are parts of `wholes`, the
+    share of a row in its whole; then the coefficients are scaled so that half of the wholes take longer than predicted,
+    and errors are those of wholes that the fit has not seen. A `Growth` behind the sum is fitted to what was held out,
+    and kept where it predicts that better, each part of it from the growth of the rest.
     Features that never occur keep the prior's cost, or zero. O(rows features^2) for each of a few solutions.
 
     Raises `ZooError` for sizes that do not fit, and for times or features that are negative or not finite.
     """
     given, times = np.asarray(features, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     _check(given, times, names, prior)
-    start = np.zeros(given.shape[1]) if prior is None else _scaled(prior.coefficients, given, times)
+    if prior is None:
+        start, known = np.zeros(len(names)), np.zeros(len(names), dtype=bool)
+    else:
+        known = np.isin(names, prior.names)
+        start = _scaled(prior.widened(names).coefficients, known, given, times)
     strengths = SHRINKAGES if prior is not None else SHRINKAGES[:1]
-    fits = [_solved(given, times, start, strength, wholes) for strength in strengths]
+    fits = [_solved(given, times, start, known, strength, wholes) for strength in strengths]
     coefficients, covariance, errors, strength = min(fits, key=lambda found: float(np.mean(np.abs(found[2]))))
     absent = ~given.any(axis=0)
     coefficients = np.where(absent, start, coefficients)
-    return Regression(tuple(names), coefficients, covariance, errors, strength)
+    took = times if wholes is None else wholes.seconds
+    growth, errors = _grown(took / (1 + errors), errors)
+    return Regression(tuple(names), coefficients, covariance, errors, strength, growth)
+
+
+def _grown(sums: Floats, errors: Floats) -> tuple[Growth, Floats]:
+    """The growth behind sums of what was held out, and the errors that are left with it: none, and the same, where they
+    hardly become less.
+    """
+    if len(errors) < FEWEST_GROWN:
+        return PROPORTIONAL, errors
+    pivot = float(np.median(sums))
+    logs, wanted = np.log(sums / pivot), np.log1p(errors)
+    left = np.empty(len(errors))
+    for fold in range(FOLDS):
+        few = np.arange(fold, len(errors), FOLDS)
+        rest = np.delete(np.arange(len(errors)), few)
+        left[few] = np.expm1(wanted[few] - _slope(logs[rest], wanted[rest]) * logs[few])
+    if np.abs(left).mean() > (1 - GAIN) * np.abs(errors).mean():
+        return PROPORTIONAL, errors
+    return Growth(_slope(logs, wanted), pivot, float(sums.min()), float(sums.max())), left
+
+
+def _slope(x: Floats, y: Floats) -> float:
+    """Of the line through the origin that fits robustly."""
+    slope, weights = 0.0, np.ones(len(x))
+    for _ in range(ROUNDS):
+        slope = float((weights * x * y).sum() / max(float((weights * x * x).sum()), 1e-300))
+        residuals = np.abs(y - slope * x)
+        noise = max(LEAST_NOISE, 1.4826 * float(np.median(residuals)))
+        weights = np.minimum(1.0, HUBER * noise / np.maximum(residuals, 1e-300))
+    return min(max(slope, -MOST_GROWTH), MOST_GROWTH)
 
 
 def without(regression: Regression, *names: str) -> Regression:
@@ -186,20 +275,32 @@ def _check(features: Floats, seconds: Floats, names: Sequence[str], prior: Regre
     wrong = np.flatnonzero(~(np.isfinite(seconds) & (seconds > 0)))
     if len(wrong):
         raise ZooError(f"measured times are above zero; row {wrong[0]} has {seconds[wrong[0]]}")
-    if prior is not None and prior.names != tuple(names):
-        differing = sorted(set(prior.names) ^ set(names)) or ["their order"]
-        raise ZooError(f"the prior was fitted to other features: {', '.join(differing)}")
+    missing = sorted(set(prior.names if prior is not None else ()) - set(names))
+    if missing:
+        raise ZooError(f"the prior was fitted to further features: {', '.join(missing)}")
 
 
-def _scaled(coefficients: Floats, features: Floats, seconds: Floats) -> Floats:
-    """The prior's coefficients for a device that is some constant times slower."""
+def _scaled(coefficients: Floats, known: NDArray[np.bool_], features: Floats, seconds: Floats) -> Floats:
+    """The prior's coefficients for a device that is some constant times slower, whatever else there is beside them."""
     predicted = features @ coefficients
     usable = predicted > 0
-    return coefficients * np.median(seconds[usable] / predicted[usable]) if usable.any() else coefficients
+    if not usable.any():
+        return coefficients
+    if known.all():
+        return coefficients * np.median(seconds[usable] / predicted[usable])
+    columns = np.column_stack([predicted, features[:, ~known]])
+    unit = np.maximum(columns.mean(axis=0), 1e-300)
+    scale = nnls(columns / unit / seconds[:, None], np.ones(len(seconds)))[0][0] / unit[0]
+    return coefficients * scale
 
 
 def _solved(
-    features: Floats, seconds: Floats, prior: Floats, strength: float, wholes: Wholes | None
+    features: Floats,
+    seconds: Floats,
+    prior: Floats,
+    known: NDArray[np.bool_],
+    strength: float,
+    wholes: Wholes | None,
 ) -> tuple[Floats, Floats, Floats, float]:
     """Coefficients, their covariance, errors on what was held out, and the strength itself."""
     unit = features.mean(axis=0)
@@ -207,7 +308,7 @@ def _solved(
     shares = features / unit / seconds[:, None]
     anchor = prior * unit
     # A share of the whole is what the prior may differ by, whatever the feature's unit.
-    penalty = math.sqrt(strength * len(seconds)) / float(np.median(seconds))
+    penalty = np.where(known, math.sqrt(strength * len(seconds)) / float(np.median(seconds)), 0.0)
     importance = np.ones(len(seconds)) if wholes is None else np.sqrt(seconds / wholes.seconds[wholes.of])
     weights = importance
     for _ in range(ROUNDS):
@@ -223,7 +324,7 @@ def _solved(
     # Measured over predicted: the factor by which a new measurement may exceed its prediction.
     errors = 1 / np.maximum(predicted, 1e-6) - 1
     active = np.flatnonzero(found > 0)
-    normal = (shares * weights[:, None]).T @ (shares * weights[:, None]) + penalty**2 * np.eye(len(found))
+    normal = (shares * weights[:, None]).T @ (shares * weights[:, None]) + np.diag(penalty**2)
     covariance = np.zeros_like(normal)
     covariance[np.ix_(active, active)] = np.linalg.pinv(normal[np.ix_(active, active)]) * noise**2
     return scale * found / unit, scale**2 * covariance / np.outer(unit, unit), errors, strength
@@ -235,10 +336,10 @@ def _folds(rows: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
         yield np.arange(rows) != row, np.array([row])
 
 
-def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: float) -> Floats:
+def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: Floats) -> Floats:
     rows, wanted = shares * weights[:, None], weights
-    if penalty:
-        rows = np.concatenate([rows, penalty * np.eye(shares.shape[1])])
+    if penalty.any():
+        rows = np.concatenate([rows, np.diag(penalty)])
         wanted = np.concatenate([wanted, penalty * anchor])
     # The same problem in as many rows as there are columns, since there may be thousands of rows.
     reduced = np.asarray(np.linalg.qr(np.column_stack([rows, wanted]), mode="r"))

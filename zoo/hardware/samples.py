@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zoo.accounting import Workload, places
+from zoo.accounting import Workload
 from zoo.errors import SpecError, ZooError
 from zoo.hardware.features import Part, Phase, features
+from zoo.hardware.work import held_bytes, parts_of
 from zoo.spec.construct import construct
 from zoo.spec.document import read_text_as
 
@@ -45,6 +46,8 @@ class Sample:
     typical: bool
     """Whether it was taken as it was drawn, so that errors on it are those of any model."""
     dtype: str = "float32"
+    thorough: bool = False
+    """Whether it is trained too, and what it holds of memory is measured."""
 
     @property
     def key(self) -> str:
@@ -56,19 +59,23 @@ class Sample:
         """What can be timed: only language models decode."""
         return ("forward", "decode") if self.spec.root().causal else ("forward",)
 
+    @property
+    def work(self) -> Workload:
+        """What the model is asked to do."""
+        return Workload(self.batch, self.tokens, self.past, self.dtype)
+
     def parts(self, phase: Phase) -> tuple[Part, ...]:
         """What a device meets, part by part."""
-        return parts_of(self.spec, Workload(self.batch, self.tokens, self.past, self.dtype), phase)
+        return parts_of(self.spec, self.work, phase)
+
+    def held(self, phase: Phase) -> float:
+        """Bytes that are counted to be held at once."""
+        return held_bytes(self.spec, self.work, phase)
 
     @cached_property
     def known(self) -> dict[str, float]:
         """The features of its forward pass."""
         return features(self.parts("forward"))
-
-
-def parts_of(spec: Spec, work: Workload, phase: Phase) -> tuple[Part, ...]:
-    """The pieces of each part of a spec, in order."""
-    return tuple(place.pieces(phase == "decode") for place in places(spec.fill(), work.at(spec.context)))
 
 
 def templates() -> list[Template]:

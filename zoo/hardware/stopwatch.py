@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 
 from zoo.device import Device
 from zoo.hardware.features import Phase
+from zoo.hardware.memory import kept_bytes, peak_bytes
 from zoo.hardware.modules import ModuleTimes
 from zoo.hardware.samples import Sample
 from zoo.latency import Case, Clock, Timing, kept_memory, measure, pinned_threads
-from zoo.model import build
+from zoo.model import Model, build
 from zoo.spec.document import parse
 
 REPEATS = 4
@@ -34,20 +36,28 @@ head: language_model
 """
 """A model that feels whatever slows models down: products, memory, and Python."""
 SENTINEL_TOKENS = 128
+TRAINING_RUNS = 2
+"""Steps of training that are timed, behind four that are not."""
 SENTINEL_RUNS = 7
 """Rounds in which the sentinel is timed by itself."""
 
 
 class Reading(NamedTuple):
-    """Seconds of a sample in one phase, and of its modules by path, each without those inside it."""
+    """Seconds of a sample in one phase, and of its modules by path, each without those inside it; in training none.
+
+    held: bytes that it held at once, of a thorough sample.
+    """
 
     seconds: float
     modules: Mapping[str, float]
+    held: float | None = None
 
 
 Readings = dict[Phase, Reading]
 Sentinel = dict[Phase, float]
 """Seconds of the sentinel by phase."""
+Training = Callable[[Sample], Case | None]
+"""Makes a step of training a sample's model; None where nobody trains such models."""
 
 
 class Stopwatch(Protocol):
@@ -63,11 +73,13 @@ class Stopwatch(Protocol):
 class DeviceStopwatch:
     """Times samples against each other: every round runs each case once, warm, and the sentinel.
 
-    A sample is timed as it is and, by turns, with its modules timed, which takes a little longer.
+    A sample is timed as it is and, by turns, with its modules timed, which takes a little longer. Of thorough samples
+    the memory is measured behind that and, where `training` makes steps of it, training is timed.
     """
 
-    def __init__(self, device: Device, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, device: Device, training: Training | None = None, clock: Clock = time.perf_counter) -> None:
         self.device = device
+        self._training = training
         self._clock = clock
         model = build(parse(SENTINEL), device=device.name).eval()
         with torch.inference_mode():
@@ -91,7 +103,7 @@ class DeviceStopwatch:
     def _medians(self, found: Mapping[str, Timing]) -> Sentinel:
         return {phase: found[f"sentinel {phase}"].median for phase in self._sentinel}
 
-    def _measured(self, cases: Mapping[str, Case], repeats: int) -> dict[str, Timing]:
+    def _measured(self, cases: Mapping[str, Case], repeats: int, settle: float = SETTLE_SECONDS) -> dict[str, Timing]:
         return measure(
             cases,
             device=self.device,
@@ -99,24 +111,22 @@ class DeviceStopwatch:
             warmup=1,
             min_seconds=0.0,
             max_seconds=MOST_SECONDS,
-            settle=SETTLE_SECONDS,
+            settle=settle,
             clock=self._clock,
         )
 
     def _read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
         cases = self._sentinel_cases()
         modules: dict[str, ModuleTimes] = {}
+        models: list[Model] = []
         with torch.inference_mode(), pinned_threads(self.device.threads):
             for number, sample in enumerate(samples):
                 model = build(sample.spec, device=self.device.name, dtype=getattr(torch, sample.dtype)).eval()
+                models.append(model)
                 for phase in sample.phases:
                     name = f"{number} {phase}"
                     paths = [piece.path for part in sample.parts(phase) for piece in part]
-                    cases[name] = (
-                        model.forward_case(sample.batch, sample.tokens)
-                        if phase == "forward"
-                        else model.decode_case(sample.batch, sample.past)
-                    )
+                    cases[name] = _case(model, sample, phase)
                     modules[name] = ModuleTimes(model, paths, self.device, self._clock)
                     cases[f"{name} in parts"] = modules[name].timed(cases[name])
         found = self._measured(cases, REPEATS)
@@ -128,4 +138,41 @@ class DeviceStopwatch:
         readings: list[Readings] = [
             {phase: reading(f"{number} {phase}") for phase in sample.phases} for number, sample in enumerate(samples)
         ]
+        with pinned_threads(self.device.threads):
+            for sample, model, mine in zip(samples, models, readings, strict=True):
+                if sample.thorough:
+                    self._look_closer(sample, model, mine)
         return readings, self._medians(found)
+
+    def _look_closer(self, sample: Sample, model: Model, readings: Readings) -> None:
+        """Add to a sample's readings what it holds of memory, and training."""
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        for phase in sample.phases:
+            with torch.inference_mode():
+                _, held = self._held(lambda phase=phase: _case(model, sample, phase))
+            readings[phase] = readings[phase]._replace(held=weights + held)
+        if self._training is None:
+            return
+        case, held = self._held(partial(self._training, sample))
+        if case is not None:
+            seconds = self._measured({"train": case}, TRAINING_RUNS, settle=0.0)["train"].median
+            readings["train"] = Reading(seconds, {}, held)
+
+    def _held(self, make: Callable[[], Case | None]) -> tuple[Case | None, int]:
+        """A case that has run, and the bytes that it holds at once."""
+
+        def ready() -> Case | None:
+            case = make()
+            if case is not None:
+                case()
+            return case
+
+        case, kept = kept_bytes(ready, self.device)
+        return case, kept if case is None else kept + peak_bytes(case, self.device)
+
+
+def _case(model: Model, sample: Sample, phase: Phase) -> Case:
+    """What is timed of a sample without gradients."""
+    if phase == "decode":
+        return model.decode_case(sample.batch, sample.past)
+    return model.forward_case(sample.batch, sample.tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +37,8 @@ class Finalist:
 
     predicted, low, high: the median and the interval in which 90% of measurements should lie; `high` is None where it
     has no end. measured: the median of the timed runs. bounded: the quantile of them that the term asks for. Both are
-    None where `reason` says why nothing was measured.
+    None where `reason` says why nothing was measured. drift: how many times longer than at its calibration the machine
+    took for the same work at that time; None where that is not known.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Finalist:
     measured: float | None = None
     bounded: float | None = None
     reason: str = ""
+    drift: float | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -74,7 +77,12 @@ def pending(trials: Iterable[Trial], terms: Sequence[Term], known: Iterable[Fina
 
 
 def measure_finalist(
-    trial: Trial, term: Term, spec: Spec, predicted: LatencySource, measured: LatencySource
+    trial: Trial,
+    term: Term,
+    spec: Spec,
+    predicted: LatencySource,
+    measured: LatencySource,
+    drift: float | None = None,
 ) -> Finalist:
     """Predict and measure one latency of a trial; what keeps it from being measured is its `reason`."""
     expected = told(predicted, spec, term, quantile=0.5)
@@ -85,6 +93,7 @@ def measure_finalist(
         predicted=expected.seconds,
         low=expected.low,
         high=expected.high if math.isfinite(expected.high) else None,
+        drift=drift,
     )
     try:
         median = told(measured, spec, term, quantile=0.5).seconds
@@ -140,6 +149,8 @@ def summary(finalists: Sequence[Finalist], budget: Budget) -> dict[str, Any] | N
             "meets": None if term is None else sum(row["meets"] for row in mine),
             "error": sum(abs(row["predicted"] / row["measured"] - 1) for row in mine) / len(mine) if mine else None,
         }
+        drifts = [row["drift"] for row in mine if row["drift"] is not None]
+        found["drift"] = statistics.median(drifts) if drifts else None
         figures.append({**found, "sentence": _sentence(found, term)})
     return {"rows": rows, "figures": figures}
 
@@ -152,7 +163,11 @@ def _sentence(found: dict[str, Any], term: Term | None) -> str:
         f"{found['inside']} of {count} finalists ({found['inside'] / count:.0%}) measured {found['figure']} inside the "
         f"90% interval of its prediction, which was off by {found['error']:.1%} on average"
     )
-    return f"{said}; {found['meets']} of {count} meet {term.describe()}." if term is not None else f"{said}."
+    if term is not None:
+        said = f"{said}; {found['meets']} of {count} meet {term.describe()}"
+    if found["drift"] is not None:
+        said = f"{said}. The machine took {found['drift']:.2f} times as long for the same as when it was calibrated"
+    return f"{said}."
 
 
 def interval(low: float, high: float | None) -> str:

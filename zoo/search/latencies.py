@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from zoo.device import is_here, resolve_device
 from zoo.errors import ZooError, did_you_mean
@@ -14,9 +14,7 @@ from zoo.hardware.profile import load_profile, profile_names
 from zoo.hardware.roofline import RooflineLatency
 from zoo.hardware.roofline import estimator as bound_of
 from zoo.latency import Context, LatencyFigure, LatencySource, MeasuredLatency, Phase
-
-if TYPE_CHECKING:
-    from zoo.accounting import Place
+from zoo.search.table import Extra
 
 Latency = Literal["measured", "predicted"]
 LATENCIES: tuple[Latency, ...] = ("measured", "predicted")
@@ -124,21 +122,50 @@ def origin(source: LatencySource, device: str, dtype: str, latency: Latency) -> 
     return Origin("predicted", f"predicted by {type(source).__name__} for {device}")
 
 
-def parts(source: LatencySource, dtype: str, phase: Phase, quantile: float) -> Callable[[Place], float] | None:
-    """The seconds that a source gives each part of a model, if those of all parts add up to its figure; else None.
+def from_parts(source: LatencySource, dtype: str, phase: Phase, quantile: float) -> Extra | None:
+    """The seconds that a source gives a model by the sum over its parts; None for a source that does not.
 
     Where a model has operators of a kind that was never timed, the figure of a quantile is larger than the sum.
     """
     if isinstance(source, Forecast):
         source = source.of(dtype)
     if isinstance(source, RooflineLatency):
-        return bound_of(source.device, dtype, phase)
+        return Extra(bound_of(source.device, dtype, phase))
     if not isinstance(source, PredictedLatency):
         return None
-    seconds, factor = source.predictor.estimator(phase), source.predictor.factor(phase, quantile)
+    growth, factor = source.predictor.growth(phase), source.predictor.factor(phase, quantile)
     if not math.isfinite(factor):
         return None
-    return lambda place: factor * seconds(place)
+    return Extra(
+        source.predictor.estimator(phase),
+        lambda total: factor * growth(total),
+        lambda seconds: growth.inverse(seconds / factor),
+    )
+
+
+class Drift:
+    """How many times longer this machine takes for the same work than when it was calibrated; timed once for each
+    calibration.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._known: dict[tuple[str, str], Mapping[Any, float]] = {}
+
+    def of(self, source: LatencySource, device: str, dtype: str, phase: Phase) -> float | None:
+        """The factor for a phase, None where the source does not predict by a calibration of this very machine."""
+        if isinstance(source, Forecast):
+            source = source.of(dtype)
+        if not isinstance(source, PredictedLatency):
+            return None
+        place = resolve_device(device, self._threads)
+        if source.predictor.device != place.id:
+            return None
+        if (device, dtype) not in self._known:
+            from zoo.hardware.stopwatch import DeviceStopwatch
+
+            self._known[device, dtype] = source.predictor.drift(DeviceStopwatch(place).sentinel())
+        return self._known[device, dtype].get(phase)
 
 
 def _built(spec: Any) -> Any:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from zoo.accounting import Place, Workload, metrics
+from zoo.accounting import Workload, metrics
 from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, Term, TermContext
-from zoo.search.latencies import parts
+from zoo.search.latencies import from_parts
 from zoo.search.objective import Objective
 from zoo.search.repair import Repair, label, workload
-from zoo.search.table import CostTable
+from zoo.search.table import CostTable, Extra
 from zoo.search.trial import Point
 
 if TYPE_CHECKING:
@@ -93,9 +93,10 @@ class Meter:
         self._labels = [(term, label(term)) for term in self.counted]
         self._named = [(term, str(term), label(term)) for term in budget.terms]
         works = dict.fromkeys([Workload(), *map(workload, [*self.counted, *shrinking])])
-        extras: dict[Workload, dict[str, Callable[[Place], float]]] = {work: {} for work in works}
+        extras: dict[Workload, dict[str, Extra]] = {work: {} for work in works}
         for term in self.measured:
-            seconds = parts(self.source(term), term.context.dtype or "float32", phase_of(term), quantile_of(term))
+            dtype = term.context.dtype or "float32"
+            seconds = from_parts(self.source(term), dtype, phase_of(term), quantile_of(term))
             if seconds is not None:
                 extras.setdefault(workload(term), {})[label(term)] = seconds
         self.tables: Mapping[Workload, CostTable] = {

@@ -153,8 +153,9 @@ class Repair:
         self.tables = {work: tables.get(work) or CostTable(space, work) for work in works}
         self._of_term = [self.tables[workload(term)] for term in self.terms]
         self._first = next(iter(self.tables.values()))
-        self._lows = np.array([term.low for term in self.terms])
-        self._highs = np.array([term.high for term in self.terms])
+        of_term = list(zip(self.terms, self._of_term, strict=True))
+        self._lows = np.array([table.total(column(term), term.low) for term, table in of_term])
+        self._highs = np.array([table.total(column(term), term.high) for term, table in of_term])
         self._per_low = 1 / np.where(self._lows > 0, self._lows, 1.0)
         self._per_high = 1 / np.where(self._highs > 0, self._highs, 1.0)
         self._strict_low = np.array([term.low_strict for term in self.terms], dtype=bool)

@@ -26,8 +26,8 @@ from zoo.search.budget import Budget, Term, latency_device
 from zoo.search.evaluate import Evaluation, EvaluationError, Evaluator, TrainEvaluator
 from zoo.search.finalists import FILE as FINALISTS
 from zoo.search.finalists import Finalist, chosen, finalists_text, load_finalists, measure_finalist, pending
-from zoo.search.latencies import Latencies, Latency, Measured, Origin, check_latency, origin
-from zoo.search.measure import Fitted, Meter, label, resolved
+from zoo.search.latencies import Drift, Latencies, Latency, Measured, Origin, check_latency, origin
+from zoo.search.measure import Fitted, Meter, label, phase_of, resolved
 from zoo.search.objective import Objective, parse_objectives
 from zoo.search.repair import Repair
 from zoo.search.results import Results, Writer, facts_of, write_text
@@ -188,6 +188,7 @@ class _Search:
         threads = None if settings.train is None else settings.train.threads
         sources = latency or Latencies(settings.latency, threads)
         self.measured = measured or Measured(threads)
+        self.drift = Drift(threads)
         budget = resolved(given, sources, settings.device)
         self.objectives = parse_objectives(settings.objective, budget)
         check_names(settings.sampler, settings.pruner, self.objectives)
@@ -330,8 +331,9 @@ class _Search:
         work = pending(trials, terms, known.values())
         for done, (trial, term) in enumerate(work, 1):
             self.listener.candidate(trial.number, "measuring", trial.shape, trial.metrics)
-            measured = self.measured(term.device or self.settings.device)
-            found = measure_finalist(trial, term, self.space.spec_at(trial.point), self.meter.source(term), measured)
+            device, source = term.device or self.settings.device, self.meter.source(term)
+            drift = self.drift.of(source, device, term.context.dtype or "float32", phase_of(term))
+            found = measure_finalist(trial, term, self.space.spec_at(trial.point), source, self.measured(device), drift)
             known[found.key] = found
             write_text(self.settings.out / FINALISTS, finalists_text(known.values()))
             self.listener.finalist(found, done, len(work))

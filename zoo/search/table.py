@@ -68,8 +68,23 @@ Kind = tuple[int, int, tuple[Value, ...]]
 Frame = tuple[tuple[int, ...], ...]
 """The rows of what stands behind, between and in front of the lists of layers, from the last to the first."""
 
-Extra = Callable[[Place], float]
-"""A figure of a part of a model that adds up over the parts."""
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A figure of a model that follows from a sum over its parts.
+
+    part: what a part adds. whole: the figure of a sum, which grows with it. inverse: the sum of a figure.
+    """
+
+    part: Callable[[Place], float]
+    whole: Callable[[float], float] | None = None
+    inverse: Callable[[float], float] | None = None
+
+    def figure(self, total: float) -> float:
+        return total if self.whole is None else self.whole(total)
+
+    def total(self, figure: float) -> float:
+        return figure if self.inverse is None else self.inverse(figure)
 
 
 class Rows:
@@ -166,9 +181,9 @@ class Layout:
 class CostTable:
     """The figures of all points of a space under one workload.
 
-    `extras` are further figures by name, such as the seconds that a model of a device gives each part: a function is
-    asked once for each part that is told apart, with an empty path where layers share what was counted, and the figure
-    is the sum over the parts.
+    `extras` are further figures by name, such as the seconds that a model of a device gives a whole for the sum of what
+    it gives each part: that is asked for once for each part that is told apart, with an empty path where layers share
+    what was counted.
     """
 
     def __init__(self, space: Space, work: Workload, extras: Mapping[str, Extra] | None = None) -> None:
@@ -244,8 +259,13 @@ class CostTable:
 
     def _named(self, values: list[float], work: Workload) -> dict[str, float]:
         counted = figures(Tally._make(values[:TALLY]), work)
-        counted.update(zip(self.extras, values[TALLY:]))
+        for (name, extra), total in zip(self.extras.items(), values[TALLY:]):
+            counted[name] = extra.figure(total)
         return counted
+
+    def total(self, metric: str, figure: float) -> float:
+        """The sum over the parts of a model at which a metric of a budget reaches a figure."""
+        return self.extras[metric].total(figure) if metric in self.extras else figure
 
     def layout(self, point: Mapping[str, Value]) -> Layout:
         """Which layers there are at a point; decisions that are not active there count as at their first value."""
@@ -447,7 +467,7 @@ class CostTable:
         return component
 
     def _row_of(self, place: Place, work: Workload) -> int:
-        return self._rows.append([*place.tally(work), *(extra(place) for extra in self.extras.values())])
+        return self._rows.append([*place.tally(work), *(extra.part(place) for extra in self.extras.values())])
 
     def _form(self, component: Component) -> int:
         """The bit that stands for the form of a layer."""
@@ -588,7 +608,7 @@ class CostTable:
         return peaks.max(axis=0, initial=0.0)
 
     def linear(self, metric: str, work: Workload) -> tuple[Floats, Floats]:
-        """A metric of a budget as a sum: the weight of each figure that adds up, and those of the largest."""
+        """A metric, or its total, as a sum: the weight of each figure that adds up, and those of the largest."""
         if metric in self.extras:
             return np.eye(MAXIMA + len(self.extras))[MAXIMA + list(self.extras).index(metric)], np.zeros(TALLY - MAXIMA)
         nothing, big = figures(Tally(), work)[metric], 2.0**40
@@ -631,7 +651,7 @@ class CostTable:
         found = metrics(spec, self.work)
         if self.extras:
             parts = list(places(spec.fill(), self.work))
-            found |= {name: sum(map(extra, parts)) for name, extra in self.extras.items()}
+            found |= {name: extra.figure(sum(map(extra.part, parts))) for name, extra in self.extras.items()}
         return found
 
     def _number(self, spot: Spot) -> int:

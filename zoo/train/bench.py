@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from zoo.accounting import ALIASES, Workload, figures, places, total
+from zoo.accounting import ALIASES, Workload, figures, total
 from zoo.device import Device
 from zoo.errors import OutOfMemoryError, ZooError, did_you_mean, memory_explained
 from zoo.hardware.profile import Profile
 from zoo.hardware.roofline import roofline
-from zoo.latency import Case, Clock, Context, LatencyFigure, LatencySource, Timing, kept_memory, measure, pinned_threads
+from zoo.hardware.work import held_bytes
+from zoo.latency import Case, Clock, Context, LatencyFigure, Timing, kept_memory, measure, pinned_threads
 from zoo.quantity import format_quantity
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
+    from zoo.hardware.features import Phase as PredictedPhase
+    from zoo.hardware.predictor import Held
+    from zoo.hardware.samples import Sample
     from zoo.model import Model
 
 Phase = Literal["train", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("train", "prefill", "decode")
 PRECISIONS = {"float32": "32", "bfloat16": "bf16", "float16": "16"}
 """How `zoo train` computes in a dtype; it keeps parameters in float32."""
+FLOPS = {"train": "train_flops", "prefill": "flops", "decode": "decode_flops"}
 LOSSES = ("language_model", "classifier", "regression")
 LESS_MEMORY = "A smaller --batch or shorter --seq needs less"
 
@@ -36,8 +42,8 @@ class Item:
 
     tokens: of each sequence, in training and prefill; those behind which one more is decoded. handled: tokens, or
     images, that one call handles. flops: of matrix products. counted_memory: bytes held at once. bound: the least
-    seconds that a profile allows, of `roofline`; the optimizer is left out. predicted: what a predictor says, which
-    knows passes without gradients.
+    seconds that a profile allows, of `roofline`; the optimizer is left out. predicted, predicted_memory: what a
+    predictor says.
     """
 
     phase: Phase
@@ -47,6 +53,7 @@ class Item:
     counted_memory: float
     bound: float | None = None
     predicted: LatencyFigure | None = None
+    predicted_memory: Held | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +87,17 @@ class Row:
         """Predicted over measured time."""
         predicted = self.item.predicted
         return None if predicted is None or self.timing is None else predicted.seconds / self.timing.median
+
+
+class Forecast(Protocol):
+    """Whoever predicts, such as `zoo.hardware.predictor.PredictedLatency`."""
+
+    @property
+    def phases(self) -> Collection[PredictedPhase]: ...
+
+    def latency(self, spec: Spec, context: Context, phase: PredictedPhase) -> LatencyFigure: ...
+
+    def held(self, spec: Spec, context: Context, phase: PredictedPhase) -> Held | None: ...
 
 
 class Listener(Protocol):
@@ -120,7 +138,7 @@ def plan(
     request: Request,
     *,
     profile: Profile | None = None,
-    predictor: LatencySource[Spec] | None = None,
+    predictor: Forecast | None = None,
 ) -> tuple[list[Item], list[str]]:
     """What will be measured, and notes on what of the request a spec or device has not.
 
@@ -140,6 +158,8 @@ def plan(
         if missing is not None:
             notes.append(f"{phase}: {missing}")
             continue
+        if predictor is not None and _timed_as(phase) not in predictor.phases:
+            notes.append(f"{phase}: the calibration does not know it; `zoo device calibrate` makes one that does")
         lengths = pasts if phase == "decode" else seqs
         items += [_item(spec, phase, tokens, request, profile, predictor) for tokens in lengths]
     return items, notes
@@ -151,7 +171,7 @@ def bench(
     request: Request,
     *,
     profile: Profile | None = None,
-    predictor: LatencySource[Spec] | None = None,
+    predictor: Forecast | None = None,
     progress: Listener | None = None,
     clock: Clock = time.perf_counter,
 ) -> Report:
@@ -196,6 +216,7 @@ def _facts(row: Row, rate: float | None) -> dict[str, Any]:
         "counted_memory": item.counted_memory,
         "bound": item.bound,
         "predicted": None if predicted is None else {"seconds": predicted.seconds, "source": predicted.source},
+        "predicted_memory": None if item.predicted_memory is None else item.predicted_memory._asdict(),
         "ratio": row.ratio,
         "failure": row.failure,
     }
@@ -228,6 +249,11 @@ def fixed_tokens(spec: Spec) -> int | None:
     return None if entry.prefix == 0 and len(entry.grid) == 1 else entry.tokens
 
 
+def _timed_as(phase: Phase) -> PredictedPhase:
+    """A phase by the name that predictors and rooflines know it by."""
+    return "forward" if phase == "prefill" else phase
+
+
 def _missing(spec: Spec, phase: Phase, device: Device, request: Request) -> str | None:
     """Why a phase cannot be measured, or None."""
     head = getattr(spec.head, "kind", "other")
@@ -253,30 +279,38 @@ def _item(
     tokens: int,
     request: Request,
     profile: Profile | None,
-    predictor: LatencySource[Spec] | None,
+    predictor: Forecast | None,
 ) -> Item:
     dtype = ALIASES.get(request.dtype, request.dtype)
     decoding = phase == "decode"
     work = Workload(request.batch, 1 if decoding else tokens, tokens if decoding else 0, dtype)
-    counted = figures(total(spec, work), work)
-    if decoding:
-        token_peak = max(place.cost(decoding=True).peak for place in places(spec, work))
-        flops, memory = counted["decode_flops"], counted["weights"] + counted["state"] + token_peak
-    elif phase == "prefill":
-        flops, memory = counted["flops"], counted["weights"] + counted["activations"]
-    else:
-        flops, memory = counted["train_flops"], counted["train_memory"]
-    bound = None
-    if profile is not None:
-        timed = "train" if phase == "train" else "decode" if decoding else "forward"
-        bound = sum(part.seconds for part in roofline(spec, work, profile, timed))
-    predicted = None
-    if predictor is not None and phase != "train":
-        context = Context(request.batch, tokens, tokens, dtype)
-        predicted = predictor.latency(spec, context, "decode" if decoding else "forward")
+    timed = _timed_as(phase)
+    flops = figures(total(spec, work), work)[FLOPS[phase]]
+    bound = None if profile is None else sum(part.seconds for part in roofline(spec, work, profile, timed))
+    context = Context(request.batch, tokens, tokens, dtype)
+    predicted = held = None
+    if predictor is not None and timed in predictor.phases:
+        predicted, held = predictor.latency(spec, context, timed), predictor.held(spec, context, timed)
     images = fixed_tokens(spec) is not None
     handled = request.batch * (1 if decoding or images else tokens)
-    return Item(phase, tokens, handled, flops, memory, bound, predicted)
+    return Item(phase, tokens, handled, flops, held_bytes(spec, work, timed), bound, predicted, held)
+
+
+def trainer(device: Device, dtype: str) -> Callable[[Sample], Case | None]:
+    """Makes steps of training in a dtype, as they are measured here; none of what has no loss or cannot be trained."""
+
+    def case(sample: Sample) -> Case | None:
+        if _missing(sample.spec, "train", device, Request(dtype=dtype)) is not None:
+            return None
+        import torch
+
+        from zoo.model import build
+        from zoo.train.case import training_case
+
+        model = build(sample.spec, device=device.name, dtype=torch.float32)
+        return training_case(model, sample.batch, sample.tokens, PRECISIONS[ALIASES.get(dtype, dtype)])
+
+    return case
 
 
 class _Session:
