@@ -13,9 +13,11 @@ import torch
 import zoo
 from zoo.device import Device
 from zoo.errors import ZooError
+from zoo.hardware.features import Phase
+from zoo.hardware.predictor import Held
 from zoo.hardware.profile import load_profile
 from zoo.hardware.roofline import roofline
-from zoo.latency import Context, LatencyFigure, Phase
+from zoo.latency import Context, LatencyFigure
 from zoo.model import Model, build
 from zoo.train.bench import Report, Request, bench, default_pasts, facts, plan
 from zoo.train.case import training_case
@@ -43,11 +45,17 @@ def spec(text: str = LM) -> zoo.Spec:
 
 
 class Oracle:
-    """A predictor that says three seconds for each token of the context."""
+    """A predictor that says three seconds and a byte for each token of the context, in some phases."""
+
+    def __init__(self, *phases: Phase) -> None:
+        self.phases = phases
 
     def latency(self, spec: Any, context: Context, phase: Phase = "forward", quantile: float = 0.5) -> LatencyFigure:
-        seconds = 3.0 * (context.seq if phase == "forward" else context.past)
+        seconds = 3.0 * (context.past if phase == "decode" else context.seq)
         return LatencyFigure(seconds, seconds, seconds, "predicted", "test")
+
+    def held(self, spec: Any, context: Context, phase: Phase = "forward") -> Held:
+        return Held(context.seq, 0.0, context.seq)
 
 
 def ticking(seconds: float = 1.0) -> Callable[[], float]:
@@ -100,9 +108,10 @@ def test_half_precision_halves_inference_and_leaves_training_its_parameters() ->
 
 def test_predictions_stand_beside_what_was_measured() -> None:
     profile = load_profile("h100")
-    report = run(seq=(8,), past=(5,), predictor=Oracle(), profile=profile)
+    report = run(seq=(8,), past=(5,), predictor=Oracle("train", "forward", "decode"), profile=profile)
     train, prefill, decode = report.rows
-    assert (train.ratio, prefill.ratio, decode.ratio) == (None, 24.0, 15.0)
+    assert (train.ratio, prefill.ratio, decode.ratio) == (24.0, 24.0, 15.0) and not report.notes
+    assert facts(report, None, "float32")[0]["predicted_memory"] == {"bytes": 8, "low": 0.0, "high": 8}
     work = zoo.Workload(seq=8, past=0)
     assert train.item.bound == sum(part.seconds for part in roofline(spec(), work, profile, "train"))
     assert prefill.item.bound == sum(part.seconds for part in roofline(spec(), work, profile, "forward"))
@@ -110,6 +119,13 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     shares = [row["share_of_peak"] for row in facts(report, profile, "float32")]
     assert shares == [row.item.flops / profile.rate("float32") for row in report.rows]
     assert facts(report, None, "float32")[0]["share_of_peak"] is None
+
+
+def test_a_phase_that_a_calibration_does_not_know_is_named() -> None:
+    report = run(seq=(8,), past=(5,), predictor=Oracle("forward"))
+    assert [row.ratio for row in report.rows] == [None, 24.0, None]
+    assert [note.partition(":")[0] for note in report.notes] == ["train", "decode"]
+    assert "zoo device calibrate" in report.notes[0]
 
 
 def test_images_have_one_length_and_no_decoding() -> None:
