@@ -243,7 +243,7 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
     # Sums that come out of an array are floats.
     params, state = int(params), int(state)
     weights = params * work.element_bytes
-    tensors = TRAINED_BYTES * params
+    trained = TRAINED_BYTES * params
     return {
         "depth": int(depth),
         "params": params,
@@ -255,15 +255,15 @@ def figures(sum_of_parts: Tally, work: Workload) -> dict[str, Any]:
         "decode_flops": decode_flops,
         "pointwise": pointwise,
         "traffic": traffic,
-        "train_traffic": 3 * traffic + OPTIMIZER_PASSES * tensors,
+        "train_traffic": 3 * traffic + OPTIMIZER_PASSES * trained,
         "decode_traffic": decode_traffic,
         "state": state,
         "state_token": int(state_token),
         "activations": peak,
         "memory": weights + state + peak,
-        "train_memory": saved + max(4 * tensors + forward, 3 * tensors + behind),
+        "train_memory": saved + max(4 * trained + forward, 3 * trained + behind),
         "train_memory_checkpointed": max(
-            4 * tensors + max(kept + passing, recomputed), 3 * tensors + kept + recomputed
+            4 * trained + max(kept + passing, recomputed), 3 * trained + kept + recomputed
         ),
     }
 

@@ -90,7 +90,7 @@ def test_a_classifier_has_no_decoding(
         (["--dtype", "bfloat61"], "did you mean 'bfloat16'?"),
         (["--device", "gpu"], "did you mean 'cuda'?"),
         (["--roofline", "h10"], "did you mean 'h100'?"),
-        (["--predict"], "`zoo device calibrate"),
+        (["--predict", "--threads", "3"], "`zoo device calibrate"),
         (["--out", "missing/figures.json"], "there is no folder missing"),
     ],
 )

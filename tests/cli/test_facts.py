@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import pytest
 from tests.hardware.pretended import PROFILE, PretendedStopwatch
 from zoo.cli import main
 from zoo.hardware.calibrate import calibrate
+from zoo.hardware.predictor import load_predictor
 
 GOOD = "width: 64\nstem: {type: token, vocab: 256}\nbody: {layers: [{mixer: attention}]}\nhead: language_model\n"
 SPACE = GOOD.replace("mixer: attention", "mixer: {choice: [mamba2, attention]}")
@@ -248,6 +250,24 @@ def test_the_least_time_on_a_mesh(zoo: Runner) -> None:
     ran = zoo("cost", "gpt3-175b", "--device", "h100", "--mesh", "2x1", "--dtype", "bf16")
     assert "does not fit; 8 chips would do" in ran.out
     assert set(zoo("cost", "vit-b16", "--device", "a100", "--mesh", "2", "--json").json["mesh"]) == {"prefill"}
+
+
+def test_a_device_is_calibrated_under_the_name_of_its_file(
+    zoo: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopwatch = PretendedStopwatch()
+    monkeypatch.setattr("zoo.hardware.stopwatch.DeviceStopwatch", lambda *_: stopwatch)
+    monkeypatch.setattr("zoo.hardware.calibrate.calibrate", partial(calibrate, clock=stopwatch.clock))
+    monkeypatch.setattr("zoo.hardware.calibrate.POOL", 40)
+    file, made = tmp_path / "mine.yaml", tmp_path / "made.json"
+    file.write_text(PROFILE.as_yaml())
+    ran = zoo("device", "calibrate", "--seconds", "48", "--profile", file, "--out", made, "--fresh")
+    assert ran.code == 0 and "memory, forward" in ran.out and "train" in ran.out and f"wrote {made}" in ran.out
+    again = zoo("device", "calibrate", "--seconds", "20", "--profile", file, "--out", made, "--json").json
+    assert 0 < again["phases"]["forward"]["error"] < 0.2
+    assert load_predictor(made).profile.name == "pretended"
+    wrong = zoo("device", "calibrate", "--profile", "h100")
+    assert wrong.code == 2 and "h100 is a cuda device" in wrong.err
 
 
 def test_devices_are_listed_shown_and_probed(zoo: Runner, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.hardware.pretended import HELD, PROFILE, PretendedStopwatch, true_seconds
@@ -18,6 +20,7 @@ from zoo.hardware import regression
 from zoo.hardware.calibrate import Step, calibrate
 from zoo.hardware.features import features
 from zoo.hardware.predictor import PredictedLatency, Predictor, load_predictor
+from zoo.hardware.regression import Regression
 from zoo.hardware.samples import chosen, drawn, take
 from zoo.hardware.work import held_bytes, parts_of
 from zoo.latency import Context
@@ -135,8 +138,6 @@ def test_a_calibration_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_log_of_another_machine_is_not_gone_on_with(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     run(PretendedStopwatch(), tmp_path, 40)
     other = PretendedStopwatch()
     other.device = replace(other.device, processor="another")
@@ -151,6 +152,21 @@ def test_a_short_disturbance_is_timed_again(tmp_path: Path) -> None:
     again = [key for key in stopwatch.asked if stopwatch.asked.count(key) > 1]
     assert len(set(again)) == 4 and int(predictor.made["samples"]) == steps[-1].samples
     assert max(step.deviation for step in steps) <= module.DRIFT
+
+
+def test_a_sample_that_disagrees_with_its_modules_is_left_out(tmp_path: Path, exact: Predictor) -> None:
+    class Jolted(PretendedStopwatch):
+        def read(self, samples: Any) -> Any:
+            found, sentinel = super().read(samples)
+            if len(self.asked) % 5 == 0:
+                found[0]["forward"] = found[0]["forward"]._replace(seconds=2 * found[0]["forward"].seconds)
+            return found, sentinel
+
+    predictor = run(Jolted(), tmp_path, 80)
+    assert 60 < int(predictor.made["samples"]) < 80
+    sample = next(drawn(random.Random(5)))
+    wanted, found = (one.predict(sample.parts("forward")).seconds for one in (exact, predictor))
+    assert found == pytest.approx(wanted, rel=0.03) and predictor.regressions["forward"].error < 0.1
 
 
 def test_drift_that_the_sentinel_feels_is_taken_out(tmp_path: Path, exact: Predictor) -> None:
@@ -212,7 +228,7 @@ def test_work_that_was_never_timed_is_not_free(exact: Predictor) -> None:
 
 
 def test_a_space_with_parts_that_were_never_timed_warns_once(exact: Predictor) -> None:
-    without = Predictor.from_data(_forgetting(exact.as_data(), "attention."))
+    without = _forgetting(exact, "attention.")
     source = PredictedLatency(without)
     with pytest.warns(UserWarning, match="never timed on attention; the roofline answers"):
         figure = source.latency(load("gpt2"), Context(1, 64, 64))
@@ -225,13 +241,17 @@ def test_a_space_with_parts_that_were_never_timed_warns_once(exact: Predictor) -
         source.latency(load("gpt2"), Context(1, 64, 64))
 
 
-def _forgetting(data: dict[str, Any], prefix: str) -> dict[str, Any]:
-    for found in data["phases"].values():
-        kept = [i for i, name in enumerate(found["names"]) if not name.startswith(prefix)]
-        found["names"] = [found["names"][i] for i in kept]
-        found["coefficients"] = [found["coefficients"][i] for i in kept]
-        found["covariance"] = [[found["covariance"][i][j] for j in kept] for i in kept]
-    return data
+def _forgetting(predictor: Predictor, prefix: str) -> Predictor:
+    def rest(found: Regression) -> Regression:
+        rows = [row for row, name in enumerate(found.names) if not name.startswith(prefix)]
+        return replace(
+            found,
+            names=tuple(found.names[row] for row in rows),
+            coefficients=found.coefficients[rows],
+            covariance=found.covariance[np.ix_(rows, rows)],
+        )
+
+    return replace(predictor, regressions={phase: rest(found) for phase, found in predictor.regressions.items()})
 
 
 def test_parts_add_up_to_the_model(exact: Predictor) -> None:
@@ -285,8 +305,6 @@ def test_what_is_timed_spans_the_mixers_and_channel_mixers_of_the_catalogue() ->
 
 def test_the_informative_half_is_chosen_for_what_it_tells() -> None:
     """The first samples of the order determine the costs better than as many drawn ones."""
-    import numpy as np
-
     pool = take(drawn(random.Random(0)), 120, lambda sample: 0.0, 1.0, set())
     order = chosen(pool, lambda sample: true_seconds(sample.known), lambda seconds: 1.0)
     assert sorted(sample.key for sample in order) == sorted(sample.key for sample in pool)

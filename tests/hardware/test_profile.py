@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from zoo.accounting import Workload, metrics
 from zoo.errors import SpecError, ZooError
+from zoo.hardware.predictor import PredictedLatency, load_predictor
 from zoo.hardware.profile import load_profile, parse_profile, profile_names
 from zoo.hardware.roofline import roofline
+from zoo.hardware.store import find_predictor
+from zoo.latency import Context
 from zoo.spec.document import load
 
 TEXT = """
@@ -32,6 +36,20 @@ def test_shipped_devices_are_complete_and_say_where_their_figures_come_from(name
     assert found.name == name and found.title != name and found.sources
     assert parse_profile(found.as_yaml()) == replace(found, sources=())
     assert found.rate("bf16") >= found.rate("float32") > 1e9
+
+
+def test_shipped_calibrations_are_those_of_shipped_devices() -> None:
+    folder = Path(str(files("zoo.hardware"))) / "calibrations"
+    found = [load_predictor(path) for path in sorted(folder.glob("*.json"))]
+    assert "xeon-emerald-rapids" in {predictor.profile.name for predictor in found}
+    for path, predictor in zip(sorted(folder.glob("*.json")), found, strict=True):
+        profile = load_profile(predictor.profile.name)
+        assert predictor.profile == replace(profile, sources=()) and predictor.device == profile.fingerprint
+        assert path.stem == f"{profile.name}-{predictor.dtype}"
+        assert {"forward", "decode", "train"} == predictor.regressions.keys() == predictor.memory.keys()
+        figure = PredictedLatency(predictor).latency(load("tiny-bytes"), Context(1, 256, 256, predictor.dtype))
+        assert 1e-5 < figure.low < figure.seconds < figure.high < 1
+        assert find_predictor(profile.name, predictor.dtype).made == predictor.made
 
 
 def test_a_file_of_ones_own_is_loaded(tmp_path: Path) -> None:

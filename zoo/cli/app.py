@@ -350,6 +350,10 @@ def calibrate_device(
     space: Annotated[
         str | None, typer.Option(help="Draw half of the models from this space: best for searching it.")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="The device's name and peak figures, a file as `probe` writes it; probed by default."),
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="Forget what an interrupted calibration has timed.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the calibration there.")] = None,
     json: Json = False,
@@ -357,7 +361,7 @@ def calibrate_device(
     """Time some hundred small models on this machine, so that latencies of others can be predicted."""
     from zoo.cli.devices import calibrate_device
 
-    calibrate_device(device, dtype, threads, seconds, prior, space, fresh, out, json)
+    calibrate_device(device, dtype, threads, seconds, prior, space, profile, fresh, out, json)
 
 
 @app.command()

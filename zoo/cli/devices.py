@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def list_devices(as_json: bool) -> None:
-    """Print the devices whose figures are shipped."""
+    """Print the devices whose figures are shipped, and in which dtypes they were calibrated."""
     from zoo.hardware.profile import load_profile, profile_names
+    from zoo.hardware.store import calibrations
 
     found = [load_profile(name) for name in profile_names()]
+    dtypes: dict[str, set[str]] = {}
+    for _, predictor in calibrations():
+        dtypes.setdefault(predictor.profile.name, set()).add(predictor.dtype)
+    calibrated = {profile.name: sorted(dtypes.get(profile.name, ())) for profile in found}
     if as_json:
-        print_json([_facts(profile) for profile in found])
+        print_json([_facts(profile) | {"calibrated": calibrated[profile.name]} for profile in found])
         return
     rows = [
         (
@@ -33,10 +38,12 @@ def list_devices(as_json: bool) -> None:
             f"{format_quantity(profile.bandwidth, 'bytes')}/s",
             format_quantity(profile.memory, "bytes"),
             profile.source,
+            ", ".join(calibrated[profile.name]),
         )
         for profile in found
     ]
-    print_table("", ("name", "device", "bfloat16", "bandwidth", "memory", "figures"), rows, right=(2, 3, 4))
+    columns = ("name", "device", "bfloat16", "bandwidth", "memory", "figures", "calibrated")
+    print_table("", columns, rows, right=(2, 3, 4))
 
 
 def show_device(name: str, as_json: bool) -> None:
@@ -77,6 +84,7 @@ def calibrate_device(
     seconds: float,
     prior: str | None,
     space: str | None,
+    profile: str | None,
     fresh: bool,
     out: Path | None,
     as_json: bool,
@@ -86,12 +94,16 @@ def calibrate_device(
     from zoo.device import resolve_device
     from zoo.hardware.calibrate import calibrate
     from zoo.hardware.probe import probe
+    from zoo.hardware.profile import load_profile
     from zoo.hardware.stopwatch import DeviceStopwatch
     from zoo.hardware.store import calibration_path, find_predictor, log_path
     from zoo.train.bench import trainer
 
     place, dtype = resolve_device(device, threads), ALIASES.get(dtype, dtype)
     before = None if prior is None else find_predictor(prior, dtype)
+    known = None if profile is None else load_profile(profile)
+    if known is not None and known.kind != place.kind:
+        raise ZooError(f"--profile: {known.name} is a {known.kind} device, {place} is not")
     path, log = out or calibration_path(place, dtype), log_path(place, dtype)
     if fresh:
         log.unlink(missing_ok=True)
@@ -100,7 +112,7 @@ def calibrate_device(
         try:
             predictor = calibrate(
                 DeviceStopwatch(place, trainer(place, dtype)),
-                probe(place),
+                known or probe(place),
                 log,
                 dtype=dtype,
                 seconds=seconds,

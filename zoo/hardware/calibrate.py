@@ -30,7 +30,7 @@ from zoo.hardware.samples import Sample, chosen, drawn, take
 from zoo.latency import Clock
 
 if TYPE_CHECKING:
-    from zoo.hardware.stopwatch import Readings, Sentinel, Stopwatch
+    from zoo.hardware.stopwatch import Reading, Readings, Sentinel, Stopwatch
 
 POOL = 400
 """Samples that the informative half is chosen from."""
@@ -49,6 +49,8 @@ TRIES = 3
 """How often a group is timed before it counts as disturbed."""
 DISTURBED = 1 / 3
 """The share of disturbed groups above which the machine is too noisy."""
+DISAGREEMENT = 1.2
+"""By what factor a sample and the sum of its modules, timed by turns, may differ; more, and one was disturbed."""
 FEWEST = 10
 """Samples that a calibration needs."""
 
@@ -159,7 +161,10 @@ def calibrate(
         if not disturbed:
             sentinels += [sentinel] * len(group)
         kept.add(
-            [_timed(sample, readings, sentinel, disturbed) for sample, readings in zip(group, found, strict=True)],
+            [
+                _timed(sample, readings, sentinel, disturbed or not _agree(readings.values()))
+                for sample, readings in zip(group, found, strict=True)
+            ],
             max(clock() - start, 1e-9),
         )
         tell(Step(len(kept.timed), kept.spent, seconds, _deviation(sentinel, sentinels)))
@@ -181,6 +186,12 @@ def _timed(sample: Sample, readings: Readings, sentinel: Sentinel, disturbed: bo
         sentinel,
         disturbed,
     )
+
+
+def _agree(readings: Iterable[Reading]) -> bool:
+    """Whether what was timed as a whole took as long as what was timed module by module."""
+    sums = [(reading.seconds, sum(reading.modules.values())) for reading in readings if reading.modules]
+    return all(max(whole, parts) <= DISAGREEMENT * min(whole, parts) for whole, parts in sums)
 
 
 def rows(parts: Iterable[Part], phase: Phase, seconds: Mapping[str, float]) -> list[Row]:

@@ -214,7 +214,7 @@ class Predictor:
         fresh = path.with_name(path.name + ".new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(self.as_data(), indent=1) + "\n", encoding="utf-8")
+            fresh.write_text(json.dumps(self.as_data(), separators=(",", ":")) + "\n", encoding="utf-8")
             fresh.replace(path)
         except OSError as error:
             raise ZooError(f"cannot write {path}: {error.strerror or error}") from None

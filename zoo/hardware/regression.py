@@ -141,12 +141,13 @@ class Regression:
         return float(np.mean(np.abs(self.errors)))
 
     def as_data(self) -> dict[str, Any]:
-        """Everything, as data for JSON."""
+        """Everything, as data for JSON; of the covariance what belongs to coefficients above zero."""
+        active = np.flatnonzero(self.coefficients)
         return {
             "names": list(self.names),
-            "coefficients": self.coefficients.tolist(),
-            "covariance": self.covariance.tolist(),
-            "errors": self.errors.tolist(),
+            "coefficients": _rounded(self.coefficients),
+            "covariance": [_rounded(row) for row in self.covariance[np.ix_(active, active)]],
+            "errors": _rounded(self.errors),
             "shrinkage": self.shrinkage,
             "growth": asdict(self.growth),
         }
@@ -157,19 +158,28 @@ class Regression:
         try:
             names = tuple(map(str, data["names"]))
             arrays = (np.asarray(data[key], dtype=np.float64) for key in ("coefficients", "covariance", "errors"))
-            coefficients, covariance, errors = arrays
+            coefficients, among_active, errors = arrays
             growth = Growth(**{key: float(value) for key, value in data["growth"].items()})
-            found = cls(names, coefficients, covariance, errors, float(data["shrinkage"]), growth)
+            shrinkage = float(data["shrinkage"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ZooError(f"no regression: {type(error).__name__}: {error}") from None
-        count = len(names)
-        if found.coefficients.shape != (count,) or found.covariance.shape != (count, count) or found.errors.ndim != 1:
-            raise ZooError(f"a regression on {count} features whose coefficients or covariance have other sizes")
-        if not np.isfinite(found.coefficients).all() or (found.coefficients < 0).any():
+        count, active = len(names), np.flatnonzero(coefficients)
+        if coefficients.shape != (count,) or errors.ndim != 1:
+            raise ZooError(f"a regression on {count} features whose coefficients or errors have other sizes")
+        if not np.isfinite(coefficients).all() or (coefficients < 0).any():
             raise ZooError("the coefficients of a regression are costs, finite and not negative")
+        if among_active.size != len(active) ** 2:
+            raise ZooError(f"a regression with {len(active)} costs above zero whose covariance has other sizes")
         if not (-1 < growth.power < math.inf and 0 < growth.pivot < math.inf and 0 < growth.low <= growth.high):
             raise ZooError(f"times grow with the sums that they follow from, found {growth}")
-        return found
+        covariance = np.zeros((count, count))
+        covariance[np.ix_(active, active)] = among_active.reshape(len(active), len(active))
+        return cls(names, coefficients, covariance, errors, shrinkage, growth)
+
+
+def _rounded(values: Floats) -> list[float]:
+    """With more digits than any measurement has."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ head: language_model
 """
 """A model that feels whatever slows models down: products, memory, and Python."""
 SENTINEL_TOKENS = 128
-TRAINING_RUNS = 2
+TRAINING_RUNS = 3
 """Steps of training that are timed, behind four that are not."""
 SENTINEL_RUNS = 7
 """Rounds in which the sentinel is timed by itself."""
@@ -101,7 +101,7 @@ class DeviceStopwatch:
         return {f"sentinel {phase}": case for phase, case in self._sentinel.items()}
 
     def _medians(self, found: Mapping[str, Timing]) -> Sentinel:
-        return {phase: found[f"sentinel {phase}"].median for phase in self._sentinel}
+        return {phase: _usual(found[f"sentinel {phase}"]) for phase in self._sentinel}
 
     def _measured(self, cases: Mapping[str, Case], repeats: int, settle: float = SETTLE_SECONDS) -> dict[str, Timing]:
         return measure(
@@ -132,8 +132,8 @@ class DeviceStopwatch:
         found = self._measured(cases, REPEATS)
 
         def reading(name: str) -> Reading:
-            medians = {path: statistics.median(times) for path, times in modules[name].seconds().items()}
-            return Reading(found[name].median, medians)
+            medians = {path: statistics.median_low(times) for path, times in modules[name].seconds().items()}
+            return Reading(_usual(found[name]), medians)
 
         readings: list[Readings] = [
             {phase: reading(f"{number} {phase}") for phase in sample.phases} for number, sample in enumerate(samples)
@@ -155,7 +155,7 @@ class DeviceStopwatch:
             return
         case, held = self._held(partial(self._training, sample))
         if case is not None:
-            seconds = self._measured({"train": case}, TRAINING_RUNS, settle=0.0)["train"].median
+            seconds = _usual(self._measured({"train": case}, TRAINING_RUNS, settle=0.0)["train"])
             readings["train"] = Reading(seconds, {}, held)
 
     def _held(self, make: Callable[[], Case | None]) -> tuple[Case | None, int]:
@@ -169,6 +169,11 @@ class DeviceStopwatch:
 
         case, kept = kept_bytes(ready, self.device)
         return case, kept if case is None else kept + peak_bytes(case, self.device)
+
+
+def _usual(timing: Timing) -> float:
+    """The lower of the two runs in the middle: what disturbs a few runs makes them longer."""
+    return statistics.median_low(timing.runs)
 
 
 def _case(model: Model, sample: Sample, phase: Phase) -> Case:
