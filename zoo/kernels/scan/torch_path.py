@@ -107,16 +107,17 @@ def _forward(
     kept = x.new_empty(_kept(x, A, differentiated), batch, A.shape[1], channels)
     if x.numel() == 0:
         return torch.empty_like(x), state.clone(), kept
-    given = [_rows(each).split(tokens * batch) for each in (delta, x, B, C)]
-    begins = _begins(starts, tokens * batch, len(given[0]))
+    deltas, xs, Bs, Cs = (_rows(each).split(tokens * batch) for each in (delta, x, B, C))
+    begins = _begins(starts, tokens * batch, len(deltas))
     out = x.new_empty(x.shape[1] * batch, 1, channels)
     piece = _Piece.empty(tokens, x, A.T.contiguous())
     piece.entering.copy_(state.transpose(1, 2))
-    for index, (*inputs, c, begin, o) in enumerate(zip(*given, begins, out.split(tokens * batch), strict=True)):
+    outs = out.split(tokens * batch)
+    for index, (dt, u, b, c, begin, o) in enumerate(zip(deltas, xs, Bs, Cs, begins, outs, strict=True)):
         if differentiated and index % (chunk // tokens) == 0:
             kept[index // (chunk // tokens)] = piece.entering
         piece = piece.first(len(o))
-        piece.fill(*inputs, begin)
+        piece.fill(dt, u, b, begin)
         torch.bmm(c, piece.states, out=o)
         piece.entering.copy_(piece.last)
     return _sequences(out, batch), piece.entering.transpose(1, 2).clone(memory_format=torch.contiguous_format), kept
@@ -163,9 +164,10 @@ def _backward(
         first, entering = index * len(pieces), kept[index]
         filled = []
         for piece, part, begin in zip(pieces, parts[first:], begins[first:]):
-            piece = piece.first(len(part[0]))
+            dt, u, b, *_ = part
+            piece = piece.first(len(dt))
             piece.entering.copy_(entering)
-            piece.fill(*part[:3], begin)
+            piece.fill(dt, u, b, begin)
             entering = piece.last
             filled.append((piece, part))
         for piece, (dt, u, b, c, dy, to_dt, to_u, to_b, to_c) in reversed(filled):
