@@ -190,8 +190,9 @@ class Mamba(StateSpace):
             peak=2 * small + 5 * long + (2 * piece + 2) * memory,
             forward_extra=3 * long + 2 * piece * memory,
             # At the scan's backward pass, which finds the gradient of the skip: x, steps and the gradient with time
-            # first, the gradients of x and steps twice; decays, states and their gradients. The gate's are gone.
-            backward_extra=small + 7 * long + 3 * chunk * memory,
+            # first, the gradients of x and steps twice; decays and states of a chunk, what enters its pieces, and the
+            # gradients of a piece's states. The gate's are gone.
+            backward_extra=small + 7 * long + (2 * chunk + chunk // piece + piece) * memory,
             kind="selective_scan",
             steps=tokens,
         )

@@ -23,9 +23,9 @@ LEAST_SCAN_CHUNK = 16
 """Tokens that a chunk of the selective scan has at least, however large its states: only one state in so many is kept
 for the backward pass."""
 
-SCAN_PIECE_ELEMENTS = 1 << 17
-"""States that the selective scan's forward pass computes together: these, as many decays and what a step reads again
-should fit a core's second-level cache with room to spare."""
+SCAN_PIECE_ELEMENTS = 3 << 15
+"""States that the selective scan computes together, in numbers: these and as many decays should fit a second-level
+cache of a megabyte with room to spare."""
 
 CROSS_ENTROPY_ELEMENTS = 2**22
 """Logits that linear cross entropy computes together on a CPU: what its caches hold."""
@@ -219,12 +219,13 @@ def selective_scan_flops(batch: int, tokens: int, channels: int, state_dim: int)
 
 
 def selective_scan_chunks(batch: int, tokens: int, channels: int, state_dim: int) -> tuple[int, int]:
-    """Tokens of a chunk of `selective_scan`, of which one state is kept for the backward pass, and tokens that the
-    forward pass computes at once.
+    """Tokens of a chunk of `selective_scan`, of which one state is kept for the backward pass, and tokens of a piece,
+    which are computed at once; a chunk is a whole number of pieces.
     """
     state = max(1, batch * channels * state_dim)
     chunk = max(1, min(tokens, max(LEAST_SCAN_CHUNK, SCAN_CHUNK_ELEMENTS // state)))
-    return chunk, max(1, min(chunk, SCAN_PIECE_ELEMENTS // state))
+    piece = max(1, min(chunk, SCAN_PIECE_ELEMENTS // state))
+    return -(-chunk // piece) * piece, piece
 
 
 def selective_scan_pointwise(batch: int, tokens: int, channels: int, state_dim: int) -> int:

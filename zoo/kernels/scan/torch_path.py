@@ -1,12 +1,14 @@
-"""The selective scan as one fused multiply-add per token, with everything else done for a chunk of tokens at once.
+"""The selective scan as one fused multiply-add per token, with everything else done for a piece of tokens at once.
 
 It is a custom operator, forward and backward: autograd would keep every state and compilation would unroll the loop.
 The backward keeps the states that enter the chunks and computes the others again. States lie as
-`[batch, state_dim, channels]`, so that the many channels are neighbours in memory.
+`[batch, state_dim, channels]`, so that the many channels are neighbours in memory. Passes over states go through pieces
+of a chunk, which the cache holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isqrt
 from typing import Any
 
@@ -29,46 +31,61 @@ def selective_scan(
     return out, final
 
 
-def _chunk_length(x: Tensor, A: Tensor) -> int:
-    return _chunks(x, A)[0]
-
-
 def _chunks(x: Tensor, A: Tensor) -> tuple[int, int]:
     batch, tokens, channels = x.shape
     return work.selective_scan_chunks(batch, tokens, channels, A.shape[1])
 
 
-def _time_first(*tensors: Tensor) -> list[Tensor]:
-    return [x.transpose(0, 1).contiguous() for x in tensors]
+def _rows(x: Tensor) -> Tensor:
+    """`[batch, tokens, width]` as `[tokens * batch, 1, width]`."""
+    return x.transpose(0, 1).contiguous().view(-1, 1, x.shape[2])
 
 
-class _Chunk:
-    """Decays and states of some tokens, `[length, batch, state_dim, channels]`, in buffers that are used again."""
+def _sequences(rows: Tensor, batch: int) -> Tensor:
+    """The other way round."""
+    return rows.view(-1, batch, rows.shape[2]).transpose(0, 1).contiguous()
 
-    def __init__(self, length: int, x: Tensor, A: Tensor) -> None:
-        size = (length, x.shape[0], A.shape[1], A.shape[0])
-        self.A = A.T.contiguous()
-        self.decays, self.states = x.new_empty(size), x.new_empty(size)
-        self.update = x.new_empty(length, x.shape[0], 1, A.shape[0])
-        # Views made once: the loops over tokens then cost one operator call a token.
-        self.decay, self.state = self.decays.unbind(), self.states.unbind()
 
-    def fill(self, entering: Tensor, delta: Tensor, x: Tensor, B: Tensor, starts: Tensor | None) -> int:
-        """Compute the states of so many tokens as are given; returns how many.
+class _Piece:
+    """Decays and states of some tokens, `[tokens * batch, state_dim, channels]`, in buffers that are used again.
 
-        All are time first: `delta` and `x` `[length, batch, 1, channels]`, `B` `[length, batch, state_dim, 1]`.
-        """
-        length = delta.shape[0]
-        decays, states, update = self.decays[:length], self.states[:length], self.update[:length]
-        torch.mul(delta, self.A, out=decays).exp_()
+    Views are made once: the loop over tokens then costs one operator call a token, and a piece hardly more than its
+    passes over the states.
+    """
+
+    def __init__(self, batch: int, A: Tensor, decays: Tensor, states: Tensor, update: Tensor) -> None:
+        self.batch, self.A, self.decays, self.update = batch, A, decays, update
+        self.all_states = states
+        """The states, and in front of them the one that enters."""
+        self.before, self.states = states[:-batch], states[batch:]
+        self.entering, self.last = states[:batch], states[-batch:]
+        each = states.split(batch)
+        self.decay = decays.split(batch)
+        self.steps = list(zip(each[1:], self.decay, each[:-1], strict=True))
+
+    @classmethod
+    def empty(cls, tokens: int, x: Tensor, A: Tensor) -> _Piece:
+        """Room for so many tokens, with `A` `[state_dim, channels]`."""
+        batch = x.shape[0]
+        states = x.new_empty((tokens + 1) * batch, *A.shape)
+        decays, update = x.new_empty(tokens * batch, *A.shape), x.new_empty(tokens * batch, 1, A.shape[1])
+        return cls(batch, A, decays, states, update)
+
+    def first(self, rows: int) -> _Piece:
+        """Room for the first rows of a piece alone."""
+        if rows == len(self.decays):
+            return self
+        states = self.all_states[: rows + self.batch]
+        return _Piece(self.batch, self.A, self.decays[:rows], states, self.update[:rows])
+
+    def fill(self, delta: Tensor, x: Tensor, B: Tensor, starts: Tensor | None) -> None:
+        """Compute the states behind the one that enters, from rows of `delta`, `x`, `B` and `starts`."""
+        torch.mul(delta, self.A, out=self.decays).exp_()
         if starts is not None:
-            decays.masked_fill_(starts[:, :, None, None], 0)
-        torch.mul(torch.mul(delta, x, out=update), B, out=states)
-        previous = entering
-        for decay, state in zip(self.decay[:length], self.state[:length], strict=True):
-            torch.addcmul(state, decay, previous, out=state)
-            previous = state
-        return length
+            self.decays.masked_fill_(starts, 0)
+        torch.mul(torch.mul(delta, x, out=self.update), B.mT, out=self.states)
+        for state, decay, previous in self.steps:
+            state.addcmul_(decay, previous)
 
 
 @torch.library.custom_op("zoo::selective_scan", mutates_args=())
@@ -85,31 +102,35 @@ def _forward(
     """The output, the final state, and if `differentiated` the states that enter the chunks,
     `[chunks, batch, state_dim, channels]`.
     """
-    batch, tokens, channels = x.shape
-    length, piece = _chunks(x, A)
+    batch, _, channels = x.shape
+    chunk, tokens = _chunks(x, A)
     kept = x.new_empty(_kept(x, A, differentiated), batch, A.shape[1], channels)
-    if tokens == 0:
+    if x.numel() == 0:
         return torch.empty_like(x), state.clone(), kept
-    entering = state.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    out = x.new_empty(tokens, batch, 1, channels)
-    x_, delta_, B_, C_ = _time_first(x, delta, B, C)
-    shared = (delta_.unsqueeze(2), x_.unsqueeze(2), B_.unsqueeze(3), C_.unsqueeze(2), out)
-    chunk = _Chunk(piece, x, A)
-    begins = None if starts is None else starts.T.split(length)
-    for index, parts in enumerate(zip(*(each.split(length) for each in shared), strict=True)):
-        if differentiated:
-            kept[index] = entering
-        begin = None if begins is None else begins[index].split(piece)
-        for at, (step, u, b, c, o) in enumerate(zip(*(each.split(piece) for each in parts), strict=True)):
-            size = chunk.fill(entering, step, u, b, None if begin is None else begin[at])
-            torch.bmm(c.flatten(0, 1), chunk.states[:size].flatten(0, 1), out=o.flatten(0, 1))
-            entering.copy_(chunk.state[size - 1])
-    return out.squeeze(2).transpose(0, 1).contiguous(), entering.transpose(1, 2).contiguous(), kept
+    deltas, xs, Bs, Cs = (_rows(each).split(tokens * batch) for each in (delta, x, B, C))
+    begins = _begins(starts, tokens * batch, len(deltas))
+    out = x.new_empty(x.shape[1] * batch, 1, channels)
+    piece = _Piece.empty(tokens, x, A.T.contiguous())
+    piece.entering.copy_(state.transpose(1, 2))
+    outs = out.split(tokens * batch)
+    for index, (dt, u, b, c, begin, o) in enumerate(zip(deltas, xs, Bs, Cs, begins, outs, strict=True)):
+        if differentiated and index % (chunk // tokens) == 0:
+            kept[index // (chunk // tokens)] = piece.entering
+        piece = piece.first(len(o))
+        piece.fill(dt, u, b, begin)
+        torch.bmm(c, piece.states, out=o)
+        piece.entering.copy_(piece.last)
+    return _sequences(out, batch), piece.entering.transpose(1, 2).clone(memory_format=torch.contiguous_format), kept
+
+
+def _begins(starts: Tensor | None, rows: int, pieces: int) -> Sequence[Tensor | None]:
+    """Where runs begin, piece by piece, to be laid on decays."""
+    return [None] * pieces if starts is None else starts.T.reshape(-1, 1, 1).split(rows)
 
 
 def _kept(x: Tensor, A: Tensor, differentiated: bool) -> int:
     """How many states are kept for the backward."""
-    return -(-x.shape[1] // _chunk_length(x, A)) if differentiated else 0
+    return -(-x.shape[1] // _chunks(x, A)[0]) if differentiated else 0
 
 
 @torch.library.custom_op("zoo::selective_scan_backward", mutates_args=())
@@ -125,40 +146,50 @@ def _backward(
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x, delta, A, B, C, state`."""
-    length = _chunk_length(x, A)
-    x_, delta_, B_, C_, grad_ = _time_first(x, delta, B, C, grad)
-    grad_x, grad_delta, grad_B, grad_C = (torch.empty_like(each) for each in (x_, delta_, B_, C_))
-    chunk = _Chunk(length, x, A)
-    grad_A = torch.zeros_like(chunk.A)
-    adjoints = torch.empty_like(chunk.states)
-    adjoint = adjoints.unbind()
-    # What the state before a chunk's end receives from after it.
-    arriving = grad_final.transpose(1, 2).contiguous()
-    for index in reversed(range(kept.shape[0])):
-        part = slice(index * length, index * length + length)
-        begin = None if starts is None else starts.T[part]
-        size = chunk.fill(kept[index], delta_[part].unsqueeze(2), x_[part].unsqueeze(2), B_[part].unsqueeze(3), begin)
-        decays, states, g = chunk.decays[:size], chunk.states[:size], adjoints[:size]
-        dy, dt, update = grad_[part], delta_[part], chunk.update[:size].squeeze(2)
-        torch.mul(C_[part].unsqueeze(3), dy.unsqueeze(2), out=g)
-        adjoint[size - 1].add_(arriving)
-        for t in range(size - 2, -1, -1):
-            torch.addcmul(adjoint[t], chunk.decay[t + 1], adjoint[t + 1], out=adjoint[t])
-        torch.matmul(states, dy.unsqueeze(3), out=grad_C[part].unsqueeze(3))
-        torch.matmul(g, update.unsqueeze(3), out=grad_B[part].unsqueeze(3))
-        grad_update = torch.matmul(B_[part].unsqueeze(2), g).squeeze(2)
-        torch.mul(grad_update, dt, out=grad_x[part])
-        # From here on `decays` holds the gradient of the exponents, delta A.
-        decays.mul_(g)
-        arriving = decays[0].clone()
-        decays[1:].mul_(states[: size - 1])
-        decays[0].mul_(kept[index])
-        torch.mul(decays, dt.unsqueeze(2), out=g)
-        grad_A += g.sum((0, 1))
-        torch.sum(decays.mul_(chunk.A), 2, out=grad_delta[part])
-        grad_delta[part].addcmul_(grad_update, x_[part])
-    grads = (each.transpose(0, 1).contiguous() for each in (grad_x, grad_delta, grad_B, grad_C))
-    dx, ddelta, dB, dC = grads
+    if x.numel() == 0:
+        dx, ddelta, dA, dB, dC = (torch.zeros_like(each) for each in (x, delta, A, B, C))
+        return dx, ddelta, dA, dB, dC, grad_final.clone()
+    batch = x.shape[0]
+    chunk, tokens = _chunks(x, A)
+    given = [_rows(each) for each in (delta, x, B, C, grad)]
+    found = [torch.empty_like(each) for each in given[:4]]
+    parts = list(zip(*(each.split(tokens * batch) for each in (*given, *found)), strict=True))
+    begins = _begins(starts, tokens * batch, len(parts))
+    pieces = [_Piece.empty(tokens, x, A.T.contiguous()) for _ in range(chunk // tokens)]
+    adjoints = torch.empty_like(pieces[0].decays)
+    grad_A = torch.zeros_like(pieces[0].A)
+    # What the state before a piece's end receives from after it.
+    arriving = grad_final.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    for index in reversed(range(len(kept))):
+        first, entering = index * len(pieces), kept[index]
+        filled = []
+        for piece, part, begin in zip(pieces, parts[first:], begins[first:]):
+            dt, u, b, *_ = part
+            piece = piece.first(len(dt))
+            piece.entering.copy_(entering)
+            piece.fill(dt, u, b, begin)
+            entering = piece.last
+            filled.append((piece, part))
+        for piece, (dt, u, b, c, dy, to_dt, to_u, to_b, to_c) in reversed(filled):
+            decays, g = piece.decays, adjoints[: len(dt)]
+            torch.mul(c.mT, dy, out=g)
+            adjoint = g.split(batch)
+            adjoint[-1].add_(arriving)
+            for t in range(len(adjoint) - 2, -1, -1):
+                adjoint[t].addcmul_(piece.decay[t + 1], adjoint[t + 1])
+            # A row of channels times states that lie in rows of channels: the way round that products are fast in.
+            torch.bmm(dy, piece.states.mT, out=to_c)
+            torch.bmm(piece.update, g.mT, out=to_b)
+            grad_update = torch.bmm(b, g)
+            torch.mul(grad_update, dt, out=to_u)
+            # From here on `decays` holds the gradient of the exponents, delta A.
+            decays.mul_(g)
+            arriving.copy_(piece.decay[0])
+            decays.mul_(piece.before)
+            grad_A += torch.mul(decays, dt, out=g).sum(0)
+            torch.sum(decays.mul_(piece.A), 1, keepdim=True, out=to_dt)
+            to_dt.addcmul_(grad_update, u)
+    ddelta, dx, dB, dC = (_sequences(each, batch) for each in found)
     return dx, ddelta, grad_A.T.contiguous(), dB, dC, arriving.transpose(1, 2).contiguous()
 
 
