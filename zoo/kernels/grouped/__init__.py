@@ -161,7 +161,7 @@ def grouped_matmul(
         name, x=x, weight=weight, offsets=offsets, source=source, output_widths=output_widths, input_widths=input_widths
     )
     x, weight = _one_dtype(name, x, weight)
-    call = Call(x.device.type, x.dtype, {"groups": groups})
+    call = Call(x.device.type, x.dtype, {"rows": rows, "groups": groups})
     return _GROUPED_MATMUL.select(call)(x, weight, offsets, output_widths, input_widths, source)
 
 
@@ -234,7 +234,7 @@ def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, *, transposed: boo
         checks.fail(name, f"weight has shape {list(weight.shape)}, no block for {rows} rows")
     checks.one_device(name, x=x, weight=weight, subsets=subsets)
     x, weight = _one_dtype(name, x, weight)
-    call = Call(x.device.type, x.dtype, {"blocks": blocks})
+    call = Call(x.device.type, x.dtype, {"pairs": rows * taken, "blocks": blocks})
     return _SUBSET_MATMUL.select(call)(x, weight, subsets, transposed)
 
 

@@ -163,7 +163,7 @@ def selective_scan(
     checks.one_device(name, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, state=state, segments=segments)
 
     starts = None if segments is None or tokens < 2 else packing.starts(segments)
-    call = Call(x.device.type, x.dtype, {"state_dim": state_dim, "segments": segments is not None})
+    call = Call(x.device.type, x.dtype, {"tokens": tokens, "state_dim": state_dim, "segments": segments is not None})
     return _SELECTIVE_SCAN.select(call)(x, delta, A, B, C, D, z, state, starts)
 
 
@@ -205,5 +205,6 @@ def diagonal_scan(
     if decay.is_complex() or (state is not None and state.is_complex()):
         x = x.to(torch.promote_types(x.dtype, torch.complex64))
     starts = None if segments is None or tokens < 2 else packing.starts(segments)
-    call = Call(x.device.type, x.dtype, {"constant": decay.dim() == 1, "segments": segments is not None})
+    facts = {"tokens": tokens, "constant": decay.dim() == 1, "segments": segments is not None}
+    call = Call(x.device.type, x.dtype, facts)
     return _DIAGONAL_SCAN.select(call)(x, decay, state, starts)
