@@ -296,7 +296,7 @@ def test_routing_of_many_rows() -> None:
     """The last two blocks of rows: scores, choices and places are each more than 2^31 numbers."""
     from zoo.kernels.grouped import routing_kernels
 
-    sizes = {"TOP_K": 4, "BLOCK_CHOICES": 4, "TILE": 2048}
+    sizes: dict[str, Any] = {"TOP_K": 4, "BLOCK_CHOICES": 4, "TILE": 2048}
 
     def routed(scores: Tensor, programs: int) -> tuple[Tensor, Tensor]:
         """Choices, and the places of pairs were those of each row alone."""
@@ -320,14 +320,15 @@ def test_pairs_behind_many_others() -> None:
     """Counts of earlier blocks that add up to more than 2^31, and pairs that are put behind them."""
     from zoo.kernels.grouped import routing_kernels
 
+    sizes: dict[str, Any] = {"BLOCK_CHOICES": 2, "TILE": 8}
     counts = torch.full((3, 2), 2**30, dtype=torch.int32)
     starts, offsets = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    routing_kernels.route_scan[(1,)](counts, starts, offsets, 3, 2, BLOCK_CHOICES=2, TILE=8)
+    routing_kernels.route_scan[(1,)](counts, starts, offsets, 3, 2, **sizes)
     assert starts.tolist() == [[0, 0], [2**30, 2**30], [2**31, 2**31]]
     assert offsets.tolist() == [0, 3 * 2**30, 6 * 2**30]
     chosen, place = torch.tensor([[1], [0]]), torch.zeros(2, 1, dtype=torch.int64)
     order = mapped((6 * 2**30,), torch.int64)
-    routing_kernels.route_place[(1,)](chosen, starts[2:], offsets, order, place, 2, 2, TOP_K=1, BLOCK_CHOICES=2, TILE=8)
+    routing_kernels.route_place[(1,)](chosen, starts[2:], offsets, order, place, 2, 2, **(sizes | {"TOP_K": 1}))
     assert place.tolist() == [[5 * 2**30], [2**31]]
     assert order[place].tolist() == [[0], [1]]
 
