@@ -146,13 +146,6 @@ GIANTS = (
     Giant("recurrence", dict.fromkeys("qkv", (LONG, 8, 1, 64)), dtype=torch.float32),
     Giant("delta_rule", {**dict.fromkeys("qkv", (LONG, 8, 1, 64)), "beta": (LONG, 8, 1)}),
     Giant("selective_scan", SCANNED, {"A": -torch.ones(32, 1)}),
-    Giant(
-        "selective_scan",
-        {"x": (1, 1, LONG), "delta": (1, 1, LONG), "A": (LONG, 256)},
-        {"B": torch.ones(1, 1, 256).half(), "C": torch.ones(1, 1, 256).half()},
-        backward=False,
-        about="channels",
-    ),
     Giant("diagonal_scan", {"x": (LONG, 4, 64), "decay": (LONG, 4, 64)}),
     Giant("causal_convolution", {"x": (LONG, 16, 64)}, {"weight": torch.ones(64, 4)}),
     Giant(
@@ -321,6 +314,7 @@ def test_pairs_behind_many_others() -> None:
     from zoo.kernels.grouped import routing_kernels
 
     sizes: dict[str, Any] = {"BLOCK_CHOICES": 2, "TILE": 8}
+    pairs: dict[str, Any] = {"TOP_K": 1, **sizes}
     counts = torch.full((3, 2), 2**30, dtype=torch.int32)
     starts, offsets = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     routing_kernels.route_scan[(1,)](counts, starts, offsets, 3, 2, **sizes)
@@ -328,7 +322,7 @@ def test_pairs_behind_many_others() -> None:
     assert offsets.tolist() == [0, 3 * 2**30, 6 * 2**30]
     chosen, place = torch.tensor([[1], [0]]), torch.zeros(2, 1, dtype=torch.int64)
     order = mapped((6 * 2**30,), torch.int64)
-    routing_kernels.route_place[(1,)](chosen, starts[2:], offsets, order, place, 2, 2, **(sizes | {"TOP_K": 1}))
+    routing_kernels.route_place[(1,)](chosen, starts[2:], offsets, order, place, 2, 2, **pairs)
     assert place.tolist() == [[5 * 2**30], [2**31]]
     assert order[place].tolist() == [[0], [1]]
 
@@ -415,13 +409,18 @@ def wide(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ("primitive", "arguments", "reason"),
     [
         ("attention", [wide(1, MANY, 1, 1)] * 3, "takes up to 1,073,741,824 tokens, not"),
-        ("attention", [wide(65536, 1, 1, 1)] * 3, "takes up to 65,535 sequences and heads, not 65,536"),
+        ("attention", [wide(65536, 1, 1, 1)] * 3, "takes up to 65,535 sequences, not 65,536"),
         ("recurrence", [wide(1, MANY, 1, 1)] * 3, "takes up to 1,073,741,824 tokens, not"),
         ("recurrence", [wide(1, 1, 1, 2**20 + 1)] * 3, "takes up to 1,048,576 features, not 1,048,577"),
         ("recurrence", [wide(1, 1, 1, 65536)] * 3, "takes a head's state of up to 2,147,483,648 numbers, not 4,294"),
         ("delta_rule", [*[wide(1, MANY, 1, 1)] * 3, wide(1, MANY, 1)], "takes up to 1,073,741,824 rows, not"),
         ("delta_rule", [*[wide(1, 1, 2**20 + 1, 1)] * 3, wide(1, 1, 2**20 + 1)], "takes up to 1,048,576 features"),
         ("selective_scan", [*[wide(1, MANY, 1)] * 2, wide(1, 1), *[wide(1, MANY, 1)] * 2], "takes up to .* tokens"),
+        (
+            "selective_scan",
+            [*[wide(1, 1, 2**23)] * 2, wide(2**23, 256), *[wide(1, 1, 256)] * 2],
+            "takes up to 1,073,741,824 numbers in the states of a token, not 2,147,483,648",
+        ),
         ("diagonal_scan", [wide(1, MANY, 1)] * 2, "takes up to 1,073,741,824 tokens, not"),
         ("causal_convolution", [wide(1, MANY, 1), wide(1, 2)], "takes up to 1,073,741,824 tokens, not"),
         ("grouped_matmul", [wide(MANY, 1), wide(1, 1), torch.tensor([0, MANY])], "takes up to 1,073,741,824 rows"),

@@ -112,6 +112,19 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_exports_for_any_number_of_rows() -> None:
+    """Sizes that kernels refuse bound no size that is left open."""
+
+    class Product(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+            return on_kernels(x, weight, offsets)
+
+    given, shapes = (draw(5, 4), draw(2, 3, 4), torch.tensor([0, 2, 5])), ({0: torch.export.Dim("rows")}, None, None)
+    exported = torch.export.export(Product(), given, dynamic_shapes=shapes, strict=True).module()
+    longer = draw(7, 4), given[1], torch.tensor([0, 2, 7])
+    torch.testing.assert_close(exported(*longer), kernels.grouped_matmul(*longer))
+
+
 def mixed(x: Tensor, weight: Tensor) -> Tensor:
     with kernels.use(block_diagonal_matmul=kernels.dispatch.chosen("block_diagonal_matmul") or "triton"):
         return kernels.block_diagonal_matmul(x, weight, interleaved=True)

@@ -81,8 +81,18 @@ def refusal(call: Call, dtypes: Collection[str] = ("float32", "float16", "bfloat
     name = str(call.dtype).removeprefix("torch.")
     if name not in dtypes:
         return f"takes {', '.join(dtypes)}, not {name}"
-    sizes = ((size, call.facts.get(size, 0), most) for size, most in MOST.items())
-    return next((f"takes up to {most:,} {size}, not {found:,}" for size, found, most in sizes if found > most), None)
+    return too_many(call.facts, MOST)
+
+
+def too_many(facts: Mapping[str, Any], limits: Mapping[str, int]) -> str | None:
+    """Which size is above its limit. One that a trace leaves open is not: a guard would bound what may be exported."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    for name, most in limits.items():
+        size = facts.get(name, 0)
+        if statically_known_true(size > most):
+            return f"takes up to {most:,} {name}, not {size:,}"
+    return None
 
 
 def _simulated() -> str | None:

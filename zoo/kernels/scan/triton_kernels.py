@@ -58,18 +58,15 @@ def selective_scan_forward(
     """
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = (tl.program_id(0) % blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     index = tl.arange(0, BLOCK_STATE)
     there = channel < channels
     used = index < state_dim
     mask = there[:, None] & used[None, :]
-    # In 64 bits only where a block begins, which leaves the tile's offsets short.
-    place = tl.arange(0, BLOCK_CHANNELS)[:, None] * state_dim + index[None, :]
-    first = block.to(tl.int64) * BLOCK_CHANNELS
-    of_batch = (batch * channels + first) * state_dim
+    place = channel[:, None] * state_dim + index[None, :]
+    of_batch = batch * channels * state_dim
     end = (batch + 1) * tokens
-    rate = tl.maximum(tl.load(A + first * state_dim + place, mask=mask, other=0.0).to(tl.float32), FASTEST) * LOG2E
+    rate = tl.maximum(tl.load(A + place, mask=mask, other=0.0).to(tl.float32), FASTEST) * LOG2E
     if HAS_D:
         skip = tl.load(D + channel, mask=there, other=0.0).to(tl.float32)
     if HAS_STATE:
@@ -78,7 +75,7 @@ def selective_scan_forward(
         h = tl.zeros([BLOCK_CHANNELS, BLOCK_STATE], dtype=tl.float32)
     for chunk in range(chunks):
         if KEEP:
-            tl.store(entering + ((batch * chunks + chunk) * channels + first) * state_dim + place, h, mask=mask)
+            tl.store(entering + (batch * chunks + chunk) * channels * state_dim + place, h, mask=mask)
         inputs, steps, gates, keys, queries, cleared = (), (), (), (), (), ()
         for token in tl.static_range(CHUNK):
             row = batch * tokens + (chunk * CHUNK + token)
@@ -161,12 +158,10 @@ def selective_scan_backward(
     there = channel < channels
     used = index < state_dim
     mask = there[:, None] & used[None, :]
-    # In 64 bits only where a block begins, which leaves the tile's offsets short.
-    place = tl.arange(0, BLOCK_CHANNELS)[:, None] * state_dim + index[None, :]
-    first = block.to(tl.int64) * BLOCK_CHANNELS
-    of_batch = (batch * channels + first) * state_dim
+    place = channel[:, None] * state_dim + index[None, :]
+    of_batch = batch * channels * state_dim
     end = (batch + 1) * tokens
-    rate = tl.maximum(tl.load(A + first * state_dim + place, mask=mask, other=0.0).to(tl.float32), FASTEST) * LOG2E
+    rate = tl.maximum(tl.load(A + place, mask=mask, other=0.0).to(tl.float32), FASTEST) * LOG2E
     change = tl.zeros([BLOCK_CHANNELS, BLOCK_STATE], dtype=tl.float32)
     if HAS_D:
         skip = tl.load(D + channel, mask=there, other=0.0).to(tl.float32)
@@ -176,7 +171,7 @@ def selective_scan_backward(
     arriving = tl.load(grad_final + of_batch + place, mask=mask, other=0.0).to(tl.float32)
     for back in range(chunks):
         chunk = chunks - 1 - back
-        h = tl.load(entering + ((batch * chunks + chunk) * channels + first) * state_dim + place, mask=mask, other=0.0)
+        h = tl.load(entering + (batch * chunks + chunk) * channels * state_dim + place, mask=mask, other=0.0)
         states = (h,)
         for token in tl.static_range(CHUNK):
             row = batch * tokens + (chunk * CHUNK + token)

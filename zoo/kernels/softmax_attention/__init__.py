@@ -16,7 +16,7 @@ from zoo.kernels.softmax_attention.terms import Extras, Rules
 TILE = 128
 """Block-sparse patterns on the kernels are in multiples of it: no tile of theirs is longer."""
 WIDEST_HEAD = 256
-MOST_PROGRAMS = 65535
+MOST_PROGRAMS = {"sequences": 65535, "heads": 65535}
 """What CUDA launches along the second and the third axis of a grid."""
 
 
@@ -27,8 +27,8 @@ def _kernel_serves(call: Call) -> str | None:
     widest = max(facts["head_dim"], facts["value_dim"])
     if widest > WIDEST_HEAD:
         return f"takes heads up to {WIDEST_HEAD} wide, not {widest}"
-    if (most := max(facts["batch"], facts["heads"])) > MOST_PROGRAMS:
-        return f"takes up to {MOST_PROGRAMS:,} sequences and heads, not {most:,}"
+    if (reason := launch.too_many(facts, MOST_PROGRAMS)) is not None:
+        return reason
     extras = facts["extras"]
     if "blocks" in extras:
         if facts["block"] % TILE or facts["past"] % TILE or facts["first"] % TILE:
@@ -238,7 +238,7 @@ def attention(
         lse=return_lse,
     )
     facts = {
-        "batch": batch,
+        "sequences": batch,
         "tokens": tokens,
         "keys": keys,
         "heads": heads,
