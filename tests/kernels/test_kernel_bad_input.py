@@ -203,7 +203,7 @@ SUBJECTS = (
     Subject("causal_convolution", causal_convolution),
     Subject("long_convolution", long_convolution),
     Subject("grouped_matmul", grouped_matmul),
-    Subject("block_diagonal_matmul", block_diagonal_matmul, loose=("x",)),
+    Subject("block_diagonal_matmul", block_diagonal_matmul, {"interleaved": True}, loose=("x",)),
     Subject("route", route, {"top_k": 2}),
     Subject("subset_matmul", subset_matmul),
     Subject("rms_norm", norm),

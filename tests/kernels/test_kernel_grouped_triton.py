@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from agreement import assert_agrees
+from flops import counted_flops
 from torch import Tensor
 
 from zoo import kernels
+from zoo.errors import ZooError
 from zoo.kernels.launch import without_gpu
 
 interpreter = pytest.importorskip("interpreter", reason="Triton is not installed on this system", exc_type=ImportError)
@@ -108,3 +110,53 @@ def test_compiles_into_one_graph() -> None:
     found = torch.autograd.grad(compiled(x, weight, offsets).square().sum(), weight)
     expected = torch.autograd.grad(kernels.grouped_matmul(x, weight, offsets).square().sum(), weight)
     torch.testing.assert_close(found, expected)
+
+
+def test_exports_for_any_number_of_rows() -> None:
+    """Sizes that kernels refuse bound no size that is left open."""
+
+    class Product(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+            return on_kernels(x, weight, offsets)
+
+    given, shapes = (draw(5, 4), draw(2, 3, 4), torch.tensor([0, 2, 5])), ({0: torch.export.Dim("rows")}, None, None)
+    exported = torch.export.export(Product(), given, dynamic_shapes=shapes, strict=True).module()
+    longer = draw(7, 4), given[1], torch.tensor([0, 2, 7])
+    torch.testing.assert_close(exported(*longer), kernels.grouped_matmul(*longer))
+
+
+def mixed(x: Tensor, weight: Tensor) -> Tensor:
+    with kernels.use(block_diagonal_matmul=kernels.dispatch.chosen("block_diagonal_matmul") or "triton"):
+        return kernels.block_diagonal_matmul(x, weight, interleaved=True)
+
+
+def test_interleaved_operators_are_well_formed() -> None:
+    from zoo.kernels.grouped import interleaved_path
+
+    assert interleaved_path.block_diagonal_matmul
+    x, weight = draw(5, 6).requires_grad_(), draw(3, 2, 4).requires_grad_()
+    torch.library.opcheck(torch.ops.zoo.interleaved_matmul_triton, (x, weight), test_utils=OPCHECKS)
+    outer = draw(5, 12), x.detach(), weight.detach()
+    torch.library.opcheck(torch.ops.zoo.interleaved_outer_triton, outer, test_utils=OPCHECKS)
+    once = 2 * 5 * 3 * 2 * 4
+    assert counted_flops(mixed, x, weight) == once
+    assert counted_flops(lambda: mixed(x, weight).sum().backward()) == 3 * once
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [((2, 3, 33), (33, 1, 1)), ((6,), (2, 3, 5)), ((3, 0, 4), (4, 1, 2)), ((2, 0), (3, 0, 2)), ((2, 6), (3, 2, 0))],
+)
+def test_hardly_any_blocks(shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    assert_agrees("block_diagonal_matmul", mixed, draw(*shape), draw(*sizes))
+
+
+def test_interleaved_rows_with_any_strides() -> None:
+    assert_agrees("block_diagonal_matmul", mixed, draw(6, 5).T, draw(3, 4, 4)[:, ::2, ::2])
+    assert_agrees("block_diagonal_matmul", mixed, draw(1, 6).expand(5, 6), draw(3, 4, 2).mT)
+    assert_agrees("block_diagonal_matmul", mixed, draw(5, 9)[:, 2:8], draw(1, 2, 4).expand(3, 2, 4))
+
+
+def test_blocks_too_wide_for_plain_multiplications() -> None:
+    with pytest.raises(ZooError, match="takes interleaved blocks up to 32 wide, not 33"):
+        mixed(draw(2, 66), draw(2, 33, 3))

@@ -43,7 +43,7 @@ def test_the_table_keeps_the_rules() -> None:
     assert TABLE["processor_seconds"] <= 2 * 600
 
 
-_WITHOUT_KERNELS = {"long_convolution", "block_diagonal_matmul"}
+_WITHOUT_KERNELS = {"long_convolution"}
 
 
 def test_nothing_is_said_about_what_is_as_before_or_better() -> None:

@@ -8,6 +8,7 @@ from flops import counted_flops
 
 from zoo import kernels
 from zoo.kernels import work
+from zoo.kernels.work import RecurrentShape
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -50,7 +51,7 @@ def test_recurrence(device: str, tokens: int, decays: bool) -> None:
     log_decay = -torch.rand(6, device=device) if decays else None
     for chunk in (16, work.CHUNK):
         counted = counted_flops(kernels.recurrence, q, k, v, log_decay=log_decay, chunk=chunk)
-        assert counted == work.recurrence_flops(2, tokens, 2, 6, 3, 5, chunk=chunk)
+        assert counted == work.recurrence_flops(RecurrentShape(2, tokens, 2, 6, 3, 5), chunk=chunk)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 64, 100])
@@ -60,7 +61,8 @@ def test_recurrence_with_a_decay_for_each_channel(tokens: int) -> None:
         q, k = (torch.randn(2, tokens, 2, 3) for _ in range(2))
         log_decay = -torch.rand(2, tokens, groups, 3)
         counted = counted_flops(kernels.recurrence, q, k, v, log_decay=log_decay, chunk=16)
-        assert counted == work.recurrence_flops(2, tokens, groups, 6, 3, 5, chunk=16, channels=True)
+        shape = RecurrentShape(2, tokens, groups, 6, 3, 5)
+        assert counted == work.recurrence_flops(shape, chunk=16, channels=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 40])
@@ -71,7 +73,7 @@ def test_backward_of_recurrence(tokens: int, decay: tuple[int, ...] | None) -> N
     log_decay = None if decay is None else (-torch.rand(decay[0], tokens, *decay[2:])).requires_grad_()
     out, _ = kernels.recurrence(q, k, v, log_decay=log_decay, chunk=16)
     expected = work.recurrence_backward_flops(
-        2, tokens, 2, 6, 3, 5, chunk=16, channels=decay is not None and len(decay) == 4
+        RecurrentShape(2, tokens, 2, 6, 3, 5), chunk=16, channels=decay is not None and len(decay) == 4
     )
     assert counted_flops(out.sum().backward) == expected
 
@@ -84,14 +86,15 @@ def test_delta_rule(device: str, tokens: int, steps: int) -> None:
     k = torch.randn(2, tokens * steps, 2, 3, device=device)
     v, beta = torch.randn(2, tokens * steps, 6, 5, device=device), torch.rand(2, tokens * steps, 6, device=device)
     counted = counted_flops(kernels.delta_rule, q, k, v, beta, steps=steps, chunk=16)
-    assert counted == work.delta_rule_flops(2, tokens, 2, 6, 3, 5, steps=steps, chunk=16)
+    assert counted == work.delta_rule_flops(RecurrentShape(2, tokens, 2, 6, 3, 5), steps=steps, chunk=16)
 
 
 def test_systems_of_the_delta_rule() -> None:
     """A chunk of two steps has one entry below the diagonal, so one multiplication and one addition a column."""
-    assert work.delta_rule_solve(1, 4, 1, 5, chunk=2) == 2 * 2 * 5
-    assert work.delta_rule_solve(1, 2, 1, 5, steps=2, chunk=2) == 2 * 2 * 5
-    assert work.delta_rule_solve(1, 1, 1, 5) == 0
+    four, two, one = (RecurrentShape(1, tokens, 1, 1, 3, 5) for tokens in (4, 2, 1))
+    assert work.delta_rule_solve(four, chunk=2) == 2 * 2 * 5
+    assert work.delta_rule_solve(two, steps=2, chunk=2) == 2 * 2 * 5
+    assert work.delta_rule_solve(one) == 0
 
 
 def test_spectra() -> None:

@@ -196,14 +196,14 @@ class LinearAttention(HeadMixer):
             )
         chunk = min(work.CHUNK, call.tokens)
         memories = memory * -(-call.tokens // chunk)
-        shape = (call.batch, call.tokens, heads, heads, key_dim, value_dim)
+        shape = work.RecurrentShape(call.batch, call.tokens, heads, heads, key_dim, value_dim)
         one = Cost(
-            flops=work.recurrence_flops(*shape),
-            backward=work.recurrence_backward_flops(*shape),
+            flops=work.recurrence_flops(shape),
+            backward=work.recurrence_backward_flops(shape),
             pointwise=call.rows * chunk * heads * (1.0 if self.decay is None else 4.0) + memories / wide,
             traffic=moved + 2 * scores + 3 * memories,
-            saved=wide * work.recurrence_saved(*shape, decays=DECAYS[self.decay]) + (self.decay == "data") * values,
-            peak=values + wide * work.recurrence_working(*shape),
+            saved=wide * work.recurrence_saved(shape, decays=DECAYS[self.decay]) + (self.decay == "data") * values,
+            peak=values + wide * work.recurrence_working(shape),
             # The outputs of chunks, and all of them joined; going back, gradients of these and of what entered.
             forward_extra=2 * values,
             backward_extra=2 * keys + 2 * values,

@@ -131,10 +131,10 @@ class Mamba2(StateSpace):
         rows_of_hidden, mixed = call.rows * hidden * call.element_bytes, call.rows * convolved * call.element_bytes
         wide_mixed = call.rows * convolved * wide
         convolution = work.causal_convolution_pointwise(batch, tokens, convolved, self.conv_kernel)
-        shape = (batch, tokens, self.groups, self.heads, self.state_dim, self.head_dim)
+        shape = work.RecurrentShape(batch, tokens, self.groups, self.heads, self.state_dim, self.head_dim)
         own = Cost(
-            flops=work.recurrence_flops(*shape, chunk=self.chunk),
-            backward=work.recurrence_backward_flops(*shape, chunk=self.chunk),
+            flops=work.recurrence_flops(shape, chunk=self.chunk),
+            backward=work.recurrence_backward_flops(shape, chunk=self.chunk),
             # Nonlinearity of the convolution; step, skip, gate and norm of each channel; decays of each pair.
             pointwise=convolution + call.rows * (2 * convolved + 11 * hidden + (4 + 3 * chunk) * self.heads),
             traffic=(call.rows * (3 * convolved + 7 * hidden) + 2 * batch * (self.conv_kernel - 1) * convolved)
@@ -142,7 +142,7 @@ class Mamba2(StateSpace):
             + 2 * memory,
             # The convolution's input, twice, its output before the nonlinearity and behind it; values; z, silu(z) and
             # what it multiplies, and the product before and behind the norm.
-            saved=3 * mixed + wide_mixed + 6 * rows_of_hidden + wide * work.recurrence_saved(*shape, **chunked),
+            saved=3 * mixed + wide_mixed + 6 * rows_of_hidden + wide * work.recurrence_saved(shape, **chunked),
             # Of the convolution two sums of taps beside both inputs; or x, B and C beside the gate and the norm.
             peak=max(2 * mixed + 2 * wide_mixed, mixed + 6 * rows_of_hidden) + memory,
             forward_extra=rows_of_hidden,

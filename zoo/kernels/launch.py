@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MOST_CONFIGURATIONS = 3
+MOST: Mapping[str, int] = MappingProxyType(
+    {"tokens": 2**30, "keys": 2**30, "rows": 2**30, "pairs": 2**30, "vocab": 2**30, "features": 2**20}
+)
+"""Largest sizes of a call, by their names in its facts. Kernels count these in 32 bits, rounded up to tiles, and places
+in memory in 64; but within a chunk, of rows of so many features, in 32."""
 
 Configuration = Mapping[str, Any]
 Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -74,7 +79,20 @@ def refusal(call: Call, dtypes: Collection[str] = ("float32", "float16", "bfloat
     elif (reason := _unfit(call.supposed)) is not None:
         return reason
     name = str(call.dtype).removeprefix("torch.")
-    return None if name in dtypes else f"takes {', '.join(dtypes)}, not {name}"
+    if name not in dtypes:
+        return f"takes {', '.join(dtypes)}, not {name}"
+    return too_many(call.facts, MOST)
+
+
+def too_many(facts: Mapping[str, Any], limits: Mapping[str, int]) -> str | None:
+    """Which size is above its limit. One that a trace leaves open is not: a guard would bound what may be exported."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    for name, most in limits.items():
+        size = facts.get(name, 0)
+        if statically_known_true(size > most):
+            return f"takes up to {most:,} {name}, not {size:,}"
+    return None
 
 
 def _simulated() -> str | None:

@@ -8,7 +8,7 @@ primitive is computed live here too, and the PyTorch paths read them from here, 
 from __future__ import annotations
 
 from math import log2
-from typing import Literal
+from typing import Literal, NamedTuple
 
 CHUNK = 64
 """Tokens that the recurrence computes together, unless the caller says otherwise."""
@@ -71,63 +71,47 @@ def attention_flops(
     return 2 * batch * heads * tokens * keys * (head_dim + (head_dim if value_dim is None else value_dim))
 
 
-def recurrence_flops(
-    batch: int,
-    tokens: int,
-    groups: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    chunk: int = CHUNK,
-    channels: bool = False,
-) -> int:
+class RecurrentShape(NamedTuple):
+    """Sizes of `recurrence` and `delta_rule`: queries and keys are of `groups` heads, values and states of `heads`."""
+
+    batch: int
+    tokens: int
+    groups: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+def recurrence_flops(shape: RecurrentShape, *, chunk: int = CHUNK, channels: bool = False) -> int:
     """Matrix products of `recurrence`: for each chunk `q k^T` per group, its product with the values, the chunk's
     update of the state, and the product of the queries with the state that enters. A step has only the last.
 
     With a decay for each of the `channels` of the keys, `groups` counts what decays differently, and where the decays
     of a chunk are mild, sums of their logarithms are one more product.
     """
+    batch, tokens, _, heads, key_dim, value_dim = shape
     if tokens == 0:
         return 0
     if tokens == 1:
         return 2 * batch * heads * key_dim * value_dim
-    within, across, sums, chunks = _of_a_chunk(batch, tokens, groups, heads, key_dim, value_dim, chunk)
+    within, across, sums, chunks = _of_a_chunk(shape, chunk)
     return chunks * (within + 2 * across + channels * sums)
 
 
-def recurrence_backward_flops(
-    batch: int,
-    tokens: int,
-    groups: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    chunk: int = CHUNK,
-    channels: bool = False,
-) -> int:
+def recurrence_backward_flops(shape: RecurrentShape, *, chunk: int = CHUNK, channels: bool = False) -> int:
     """Matrix products of the backward pass of `recurrence`, whose chunks are computed one after another.
 
     Two for each product forward, but that nothing asks for the gradient of a state given or returned: the first chunk
     reads a state without one, and the last one's update of the state is not used. Sums of decays have one.
     """
-    if tokens <= 1:
-        return 2 * recurrence_flops(batch, tokens, groups, heads, key_dim, value_dim)
-    within, across, sums, chunks = _of_a_chunk(batch, tokens, groups, heads, key_dim, value_dim, chunk)
+    if shape.tokens <= 1:
+        return 2 * recurrence_flops(shape)
+    within, across, sums, chunks = _of_a_chunk(shape, chunk)
     return chunks * (2 * within + channels * sums) + (4 * chunks - 3) * across
 
 
 def recurrence_saved(
-    batch: int,
-    tokens: int,
-    groups: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    chunk: int = CHUNK,
-    decays: Literal["none", "fixed", "learned"] = "none",
+    shape: RecurrentShape, *, chunk: int = CHUNK, decays: Literal["none", "fixed", "learned"] = "none"
 ) -> int:
     """Numbers that `recurrence` keeps for its backward pass, beside the values and decays that it was given, with one
     mild decay for each head; its output is not among them.
@@ -136,6 +120,7 @@ def recurrence_saved(
     wherever several groups have to be laid apart. Decays scale a copy of the values; where they are `learned`, outputs
     and memories are kept before they are scaled too.
     """
+    batch, tokens, groups, heads, key_dim, value_dim = shape
     if tokens <= 1:
         return batch * tokens * (2 * groups * key_dim + heads * value_dim)
     chunk = min(chunk, tokens)
@@ -149,44 +134,33 @@ def recurrence_saved(
     return kept + (values + memories if decays == "learned" else 0)
 
 
-def recurrence_working(
-    batch: int, tokens: int, groups: int, heads: int, key_dim: int, value_dim: int, *, chunk: int = CHUNK
-) -> int:
+def recurrence_working(shape: RecurrentShape, *, chunk: int = CHUNK) -> int:
     """Numbers that `recurrence` holds at once while it computes a chunk without gradients, beside its whole output:
     copies of what enters the chunk, its scores, its output twice and two memories.
     """
+    batch, tokens, groups, heads, key_dim, value_dim = shape
     chunk = min(chunk, tokens)
     entering = 2 * groups * key_dim + heads * value_dim
     return batch * (chunk * (entering + groups * chunk + 2 * heads * value_dim) + 2 * heads * key_dim * value_dim)
 
 
-def _of_a_chunk(
-    batch: int, tokens: int, groups: int, heads: int, key_dim: int, value_dim: int, chunk: int
-) -> tuple[int, int, int, int]:
+def _of_a_chunk(shape: RecurrentShape, chunk: int) -> tuple[int, int, int, int]:
     """Of a recurrence: products between a chunk's tokens, of its tokens with a state, and for sums; and the chunks."""
+    batch, tokens, groups, heads, key_dim, value_dim = shape
     chunk = min(chunk, tokens)
     keys = 2 * batch * chunk * chunk * groups * key_dim
     values = 2 * batch * chunk * chunk * heads * value_dim
     return keys + values, 2 * batch * chunk * heads * key_dim * value_dim, keys, -(-tokens // chunk)
 
 
-def delta_rule_flops(
-    batch: int,
-    tokens: int,
-    groups: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    steps: int = 1,
-    chunk: int = CHUNK,
-) -> int:
+def delta_rule_flops(shape: RecurrentShape, *, steps: int = 1, chunk: int = CHUNK) -> int:
     """Matrix products of `delta_rule`: for each chunk keys and queries with keys per group, and for each head what the
     keys and the queries read from the state, the product with the updates, and the state's update.
 
     The triangular system of a chunk is none of them, as `torch.utils.flop_counter` counts no solutions of systems;
     see `delta_rule_solve`. A token alone reads the state once for each of its `steps` and once for its output.
     """
+    batch, tokens, groups, heads, key_dim, value_dim = shape
     if tokens == 0:
         return 0
     if tokens == 1:
@@ -197,14 +171,14 @@ def delta_rule_flops(
     return 2 * batch * chunks * (scores + heads * (of_state + chunk * rows * value_dim))
 
 
-def delta_rule_solve(batch: int, tokens: int, heads: int, value_dim: int, *, steps: int = 1, chunk: int = CHUNK) -> int:
+def delta_rule_solve(shape: RecurrentShape, *, steps: int = 1, chunk: int = CHUNK) -> int:
     """Operations of the triangular systems of `delta_rule`, a multiplication and an addition for each entry below the
     diagonal and column.
     """
-    if tokens <= 1:
+    if shape.tokens <= 1:
         return 0
-    _, rows, chunks = _delta_chunk(tokens, steps, chunk)
-    return batch * heads * chunks * rows * (rows - 1) * value_dim
+    _, rows, chunks = _delta_chunk(shape.tokens, steps, chunk)
+    return shape.batch * shape.heads * chunks * rows * (rows - 1) * shape.value_dim
 
 
 def _delta_chunk(tokens: int, steps: int, chunk: int) -> tuple[int, int, int]:

@@ -74,8 +74,9 @@ def causal_convolution_forward(
     value = tl.zeros([BLOCK_TOKENS, BLOCK_CHANNELS], dtype=tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + columns, mask=there, other=0.0).to(tl.float32)[None, :]
+    last_taps = weight + columns.to(tl.int64) * KERNEL + (KERNEL - 1)
     for lag in tl.static_range(KERNEL):
-        factor = tl.load(weight + columns * KERNEL + (KERNEL - 1 - lag), mask=there, other=0.0).to(tl.float32)
+        factor = tl.load(last_taps - lag, mask=there, other=0.0).to(tl.float32)
         seen = _inputs(x, state, x_row, position - lag, tokens, columns, channels, batch, KERNEL, HAS_STATE)
         if HAS_RUNS:
             seen = tl.where((_run(runs, position - lag, tokens, batch) == run)[:, None], seen, 0.0)
@@ -125,8 +126,9 @@ def causal_convolution_backward(
     first = (program % groups) * (TILES * BLOCK_TOKENS) - (KERNEL - 1)
     factors = ()
     share = ()
+    last_taps = weight + columns.to(tl.int64) * KERNEL + (KERNEL - 1)
     for lag in tl.static_range(KERNEL):
-        factor = tl.load(weight + columns * KERNEL + (KERNEL - 1 - lag), mask=there, other=0.0).to(tl.float32)
+        factor = tl.load(last_taps - lag, mask=there, other=0.0).to(tl.float32)
         factors = factors + (factor[None, :],)
     for _ in tl.static_range(KERNEL + 1):
         share = share + (tl.zeros([BLOCK_TOKENS, BLOCK_CHANNELS], dtype=tl.float32),)

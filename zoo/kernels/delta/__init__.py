@@ -115,8 +115,10 @@ def delta_rule(
     checks.floats(name, q=q, k=k, v=v, beta=beta, log_decay=log_decay, state=state)
     checks.one_device(name, q=q, k=k, v=v, beta=beta, log_decay=log_decay, state=state, segments=segments)
     facts = {
+        "rows": rows,
         "key_dim": key_dim,
         "value_dim": value_dim,
+        "features": max(groups * key_dim, heads * value_dim),
         "steps": steps,
         "segments": segments is not None,
         "double_state": state is not None and state.dtype == torch.float64,

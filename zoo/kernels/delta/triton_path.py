@@ -51,7 +51,9 @@ def delta_rule(
         log_decay = None if log_decay is None else _at_step(log_decay, steps, 0)
         run = None if run is None else run.repeat_interleave(steps, 1)
     out, final = _forward(q, k, v, beta, log_decay, state.float(), run, 1.0 if scale is None else scale)
-    return out.unflatten(1, (tokens, steps))[:, :, -1].to(out_dtype), final
+    if steps > 1:
+        out = out.unflatten(1, (tokens, steps))[:, :, -1]
+    return out.to(out_dtype), final
 
 
 def _at_step(x: Tensor, steps: int, step: int) -> Tensor:
@@ -248,6 +250,7 @@ def _remember(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) ->
     *tensors, scale = inputs
     ctx.save_for_backward(*tensors)
     ctx.scale = scale
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:

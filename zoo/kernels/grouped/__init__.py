@@ -11,6 +11,8 @@ from zoo.kernels import checks, launch
 from zoo.kernels.dispatch import Call, Implementation, Primitive
 from zoo.kernels.grouped import reference, subset_path, torch_path
 
+WIDEST_INTERLEAVED = 32
+"""Widest interleaved block whose plain multiplications keep up with memory."""
 MOST_CHOICES = 1024
 """Most choices of which the kernel holds a row in registers."""
 
@@ -49,9 +51,30 @@ _GROUPED_MATMUL = Primitive(
         Implementation("reference", reference.grouped_matmul),
     ),
 )
+
+
+def _serves_blocks(call: Call) -> str | None:
+    facts = call.facts
+    if (reason := launch.refusal(call)) is not None or not facts:
+        return reason
+    if not facts["interleaved"]:
+        return "adjoining blocks are served by PyTorch's batched products, which copy nothing"
+    if (width := max(facts["input_width"], facts["output_width"])) > WIDEST_INTERLEAVED:
+        return f"takes interleaved blocks up to {WIDEST_INTERLEAVED} wide, not {width}"
+    return None
+
+
+def _interleaved_kernel(x: Tensor, weight: Tensor, interleaved: bool) -> Tensor:
+    from zoo.kernels.grouped import interleaved_path
+
+    del interleaved
+    return interleaved_path.block_diagonal_matmul(x, weight)
+
+
 _BLOCK_DIAGONAL = Primitive(
     "block_diagonal_matmul",
     (
+        Implementation("triton", _interleaved_kernel, _serves_blocks),
         Implementation("torch", torch_path.block_diagonal_matmul),
         Implementation("reference", reference.block_diagonal_matmul),
     ),
@@ -161,7 +184,7 @@ def grouped_matmul(
         name, x=x, weight=weight, offsets=offsets, source=source, output_widths=output_widths, input_widths=input_widths
     )
     x, weight = _one_dtype(name, x, weight)
-    call = Call(x.device.type, x.dtype, {"groups": groups})
+    call = Call(x.device.type, x.dtype, {"rows": rows, "groups": groups})
     return _GROUPED_MATMUL.select(call)(x, weight, offsets, output_widths, input_widths, source)
 
 
@@ -234,7 +257,7 @@ def subset_matmul(x: Tensor, weight: Tensor, subsets: Tensor, *, transposed: boo
         checks.fail(name, f"weight has shape {list(weight.shape)}, no block for {rows} rows")
     checks.one_device(name, x=x, weight=weight, subsets=subsets)
     x, weight = _one_dtype(name, x, weight)
-    call = Call(x.device.type, x.dtype, {"blocks": blocks})
+    call = Call(x.device.type, x.dtype, {"pairs": rows * taken, "blocks": blocks})
     return _SUBSET_MATMUL.select(call)(x, weight, subsets, transposed)
 
 
@@ -264,14 +287,21 @@ def block_diagonal_matmul(x: Tensor, weight: Tensor, *, interleaved: bool = Fals
     """
     name = "block_diagonal_matmul"
     checks.rank(name, "weight", weight, "blocks, input_width, output_width")
-    blocks, input_width, _ = weight.shape
+    blocks, input_width, output_width = weight.shape
     checks.is_tensor(name, "x", x)
     if x.dim() == 0 or x.shape[-1] != blocks * input_width:
         expected = f"[..., blocks * input_width] = [..., {blocks * input_width}]"
         checks.fail(name, f"x has shape {list(x.shape)}, expected {expected} for weight {list(weight.shape)}")
     checks.one_device(name, x=x, weight=weight)
     x, weight = _one_dtype(name, x, weight)
-    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, {"blocks": blocks}))(x, weight, interleaved)
+    facts = {
+        "rows": x.shape[:-1].numel(),
+        "blocks": blocks,
+        "input_width": input_width,
+        "output_width": output_width,
+        "interleaved": interleaved,
+    }
+    return _BLOCK_DIAGONAL.select(Call(x.device.type, x.dtype, facts))(x, weight, interleaved)
 
 
 def _one_dtype(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 """Calls that together use every flag of the kernels: rows by index, weights shared or not, in either layout, widths,
-subsets of blocks."""
+subsets of blocks, interleaved blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.case import Case, Draw
-from zoo.kernels.grouped import grouped_matmul, route, subset_matmul
+from zoo.kernels.grouped import block_diagonal_matmul, grouped_matmul, route, subset_matmul
 
 _KERNELS = ("grouped_product", "grouped_outer")
 _SMALL = (5, 0, 70, 1)
@@ -92,6 +92,20 @@ def _spread(x: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     return subset_matmul(x, weight, subsets, transposed=True)
 
 
+def _interleaved(draw: Draw) -> Mapping[str, Any]:
+    rows, blocks, inputs, outputs = (draw.pick(*sizes) for sizes in ((70, 16384), (37, 64), (5, 8), (3, 8)))
+    weight = draw.normal(blocks, inputs, outputs, std=inputs**-0.5)
+    return {"x": draw.normal(rows, blocks * inputs), "weight": weight, "interleaved": True}
+
+
+def _interleaved_wide(draw: Draw) -> Mapping[str, Any]:
+    """Weights that lie the other way round."""
+    rows, blocks = draw.pick(9, 16384), draw.pick(5, 32)
+    weight = draw.normal(blocks, 17, 32, std=17**-0.5).mT
+    return {"x": draw.normal(rows, blocks * 32), "weight": weight, "interleaved": True}
+
+
+_INTERLEAVED = ("interleaved_product", "interleaved_outer")
 _ROUTE = ("route_choose", "route_scan", "route_place")
 
 CASES = (
@@ -102,5 +116,7 @@ CASES = (
     Case("grouped_matmul", "nested-experts", _transposed, _nested_experts, _KERNELS, dtypes=(torch.bfloat16,)),
     Case("subset_matmul", "sums", subset_matmul, _subsets, _KERNELS),
     Case("subset_matmul", "parts", _spread, _subsets_spread, _KERNELS),
+    Case("block_diagonal_matmul", "interleaved", block_diagonal_matmul, _interleaved, _INTERLEAVED),
+    Case("block_diagonal_matmul", "interleaved-wide", block_diagonal_matmul, _interleaved_wide, _INTERLEAVED),
     Case("route", "top-3", _routed_numbers, _scores, _ROUTE, gradients=False),
 )

@@ -108,14 +108,15 @@ def grouped_product(
         read = _taken(source, read, read >= 0, x_rows)
     x_tile = x + read[:, None] * x_row + k[None, :]
     weight_tile = weight + group.to(tl.int64) * weight_group + first_column.to(tl.int64) * weight_output
-    weight_tile = weight_tile + tl.arange(0, BLOCK_OUTPUTS)[None, :] * weight_output + k[:, None] * weight_input
+    weight_tile = weight_tile + tl.arange(0, BLOCK_OUTPUTS)[None, :].to(tl.int64) * weight_output
+    weight_tile = weight_tile + k[:, None].to(tl.int64) * weight_input
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], dtype=tl.float32)
     for _ in range(depth // DEPTH):
         left = tl.load(x_tile)
         right = tl.load(weight_tile, mask=inside[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
         x_tile += DEPTH
-        weight_tile += DEPTH * weight_input
+        weight_tile += tl.full([], DEPTH, tl.int64) * weight_input
     # Apart from the loop: a mask that depends on a width read from memory would break its wide loads.
     rest = depth % DEPTH
     if rest > 0:

@@ -11,13 +11,20 @@ from zoo.kernels.dispatch import Call, Implementation, Primitive
 from zoo.kernels.linear_recurrence import reference, torch_path
 from zoo.kernels.work import CHUNK
 
+MOST_STATE = 2**31
+"""Largest state of a head, in numbers, within which places fit 32 bits."""
+
 
 def _kernels_serve(call: Call) -> str | None:
     # A state's sums of products leave the range of float16, so it is no dtype for the kernels.
-    refusal = launch.refusal(call, ("float32", "bfloat16"))
-    if refusal is None and not call.facts.get("one_dtype", True):
-        refusal = "takes q, k and v in one dtype, and a state in no wider one than float32"
-    return refusal
+    if (reason := launch.refusal(call, ("float32", "bfloat16"))) is not None:
+        return reason
+    facts = call.facts
+    if not facts.get("one_dtype", True):
+        return "takes q, k and v in one dtype, and a state in no wider one than float32"
+    if (state := facts.get("key_dim", 0) * facts.get("value_dim", 0)) > MOST_STATE:
+        return f"takes a head's state of up to {MOST_STATE:,} numbers, not {state:,}"
+    return None
 
 
 def _recurrence_kernel(
@@ -116,5 +123,12 @@ def recurrence(
         q, k = (x.repeat_interleave(heads // groups, 2) for x in (q, k))
     checks.positive(name, "chunk", chunk)
     one_dtype = q.dtype == k.dtype == v.dtype and (state is None or state.dtype != torch.float64)
-    call = Call(v.device.type, v.dtype, {"key_dim": key_dim, "value_dim": value_dim, "one_dtype": one_dtype})
+    facts = {
+        "tokens": tokens,
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "features": max(q.shape[2] * key_dim, heads * value_dim),
+        "one_dtype": one_dtype,
+    }
+    call = Call(v.device.type, v.dtype, facts)
     return _RECURRENCE.select(call)(q, k, v, log_decay, state, segments, scale, chunk)

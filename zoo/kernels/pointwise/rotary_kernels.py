@@ -48,7 +48,7 @@ def _turned(
     for low in range(0, heads, HEADS):
         head = (low + tl.arange(0, HEADS))[None, :, None]
         inside = (token < count)[:, None, None] & (head < heads)
-        source = start[:, None, None] + head * stride
+        source = start[:, None, None] + head.to(tl.int64) * stride
         target = (token[:, None, None] * heads + head) * HEAD_DIM
         if INTERLEAVED:
             feature = tl.arange(0, 2 * HALF)[None, None, :]

@@ -18,12 +18,19 @@ FASTEST = -1e30
 """The most negative A that is told from another."""
 WIDEST_STATE = 256
 """Largest state of a channel that a program holds in registers."""
+MOST_STATES = 2**30
+"""Numbers in the states of all channels, within which places fit 32 bits."""
 
 
 def _serves_state(call: Call) -> str | None:
+    if (reason := launch.refusal(call)) is not None:
+        return reason
     state_dim = call.facts.get("state_dim", 1)
-    unfit = f"takes states of 1 to {WIDEST_STATE}, not {state_dim}" if not 1 <= state_dim <= WIDEST_STATE else None
-    return launch.refusal(call) or unfit
+    if not 1 <= state_dim <= WIDEST_STATE:
+        return f"takes states of 1 to {WIDEST_STATE}, not {state_dim}"
+    if (states := call.facts.get("channels", 0) * state_dim) > MOST_STATES:
+        return f"takes up to {MOST_STATES:,} numbers in the states of a token, not {states:,}"
+    return None
 
 
 def _selective_scan_kernel(
@@ -163,7 +170,8 @@ def selective_scan(
     checks.one_device(name, x=x, delta=delta, A=A, B=B, C=C, D=D, z=z, state=state, segments=segments)
 
     starts = None if segments is None or tokens < 2 else packing.starts(segments)
-    call = Call(x.device.type, x.dtype, {"state_dim": state_dim, "segments": segments is not None})
+    facts = {"tokens": tokens, "channels": channels, "state_dim": state_dim, "segments": segments is not None}
+    call = Call(x.device.type, x.dtype, facts)
     return _SELECTIVE_SCAN.select(call)(x, delta, A, B, C, D, z, state, starts)
 
 
@@ -205,5 +213,6 @@ def diagonal_scan(
     if decay.is_complex() or (state is not None and state.is_complex()):
         x = x.to(torch.promote_types(x.dtype, torch.complex64))
     starts = None if segments is None or tokens < 2 else packing.starts(segments)
-    call = Call(x.device.type, x.dtype, {"constant": decay.dim() == 1, "segments": segments is not None})
+    facts = {"tokens": tokens, "constant": decay.dim() == 1, "segments": segments is not None}
+    call = Call(x.device.type, x.dtype, facts)
     return _DIAGONAL_SCAN.select(call)(x, decay, state, starts)

@@ -91,19 +91,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    state: Tensor | None,
-    starts: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del delta, B, C, D, z, state, starts
+def _(x: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    del delta
+    keep = rest[-1]
     final = x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)
     return x.new_empty(x.shape), final, final.new_empty(x.shape[0] if keep else 0, _chunks(x), *A.shape)
 

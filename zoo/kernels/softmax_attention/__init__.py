@@ -16,6 +16,8 @@ from zoo.kernels.softmax_attention.terms import Extras, Rules
 TILE = 128
 """Block-sparse patterns on the kernels are in multiples of it: no tile of theirs is longer."""
 WIDEST_HEAD = 256
+MOST_PROGRAMS = {"sequences": 65535, "heads": 65535}
+"""What CUDA launches along the second and the third axis of a grid."""
 
 
 def _kernel_serves(call: Call) -> str | None:
@@ -25,6 +27,8 @@ def _kernel_serves(call: Call) -> str | None:
     widest = max(facts["head_dim"], facts["value_dim"])
     if widest > WIDEST_HEAD:
         return f"takes heads up to {WIDEST_HEAD} wide, not {widest}"
+    if (reason := launch.too_many(facts, MOST_PROGRAMS)) is not None:
+        return reason
     extras = facts["extras"]
     if "blocks" in extras:
         if facts["block"] % TILE or facts["past"] % TILE or facts["first"] % TILE:
@@ -234,8 +238,10 @@ def attention(
         lse=return_lse,
     )
     facts = {
+        "sequences": batch,
         "tokens": tokens,
         "keys": keys,
+        "heads": heads,
         "head_dim": head_dim,
         "value_dim": v.shape[3],
         "causal": causal,

@@ -175,6 +175,12 @@ def _residue_class(tokens, keys, step, ahead):
 
 
 @triton.jit
+def _apart(stride, step):
+    """How far apart tokens of a residue class are in memory, in 64 bits."""
+    return tl.full([], stride, tl.int64) * step
+
+
+@triton.jit
 def _below(ends, batch, residue, step, most):
     """How many keys of the residue class are in front of the row's entry of `ends`, at most `most`."""
     end = tl.load(ends + batch).to(tl.int32)
@@ -264,6 +270,7 @@ def attention_forward(
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, residue, first, tokens_here, keys_here, shift = _residue_class(tokens, keys, step, ahead)
+    q_row, k_row, v_row = _apart(q_token, step), _apart(k_token, step), _apart(v_token, step)
     head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     limit, prefix_end = keys_here, None
     if key_length is not None:
@@ -274,17 +281,15 @@ def attention_forward(
     row = start.to(tl.int32) + lane
     inside = row < tokens_here
     query_index = row + shift
-    k += batch * k_batch + (head // group).to(tl.int64) * k_head + residue * k_token
-    v += batch * v_batch + (head // group).to(tl.int64) * v_head + residue * v_token
-    q += batch * q_batch + head.to(tl.int64) * q_head + first * q_token + start * (q_token * step)
-    query = _rows(
-        q, lane[:, None], q_token * step, tl.arange(0, BLOCK_D)[None, :], inside[:, None], HEAD_DIM, BLOCK_D, True
-    )
+    k += batch * k_batch + (head // group).to(tl.int64) * k_head + residue.to(tl.int64) * k_token
+    v += batch * v_batch + (head // group).to(tl.int64) * v_head + residue.to(tl.int64) * v_token
+    q += batch * q_batch + head.to(tl.int64) * q_head + first.to(tl.int64) * q_token + start * q_row
+    query = _rows(q, lane[:, None], q_row, tl.arange(0, BLOCK_D)[None, :], inside[:, None], HEAD_DIM, BLOCK_D, True)
     slope, table, query_segment, query_decay, origin = None, None, None, None, None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32) * LOG2E
     if bias is not None:
-        table = bias + head * distances
+        table = bias + head.to(tl.int64) * distances
     if segments is not None:
         segments += batch * keys + residue
         query_segment = tl.load(segments + query_index * step, mask=inside, other=0)[:, None]
@@ -320,7 +325,7 @@ def attention_forward(
             visited = _visited(n, listed, before, begin, full, rest, MASKED)
             total, most, mass = _attend(
                 total, most, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
-                query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances, center,
+                query_decay, origin, k_row, v_row, step, limit, window, prefix_end, distances, center,
                 scale, cap, spread, floor,
                 True, PLAIN, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
             )  # fmt: skip
@@ -344,7 +349,7 @@ def attention_forward(
                 visited = _visited(n, listed, before, begin, full, rest, MASKED)
                 total, _, _ = _attend(
                     total, sums, mass, query, visited, k, v, segments, slope, table, decay, query_index, query_segment,
-                    query_decay, origin, k_token * step, v_token * step, step, limit, window, prefix_end, distances,
+                    query_decay, origin, k_row, v_row, step, limit, window, prefix_end, distances,
                     center, scale, cap, spread, floor,
                     False, True, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
                 )  # fmt: skip
@@ -463,6 +468,7 @@ def attention_backward_queries(
     """
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, residue, first, tokens_here, keys_here, shift = _residue_class(tokens, keys, step, ahead)
+    q_row, k_row, v_row = _apart(q_token, step), _apart(k_token, step), _apart(v_token, step)
     head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     limit, prefix_end = keys_here, None
     if key_length is not None:
@@ -473,12 +479,10 @@ def attention_backward_queries(
     row = start.to(tl.int32) + lane
     inside = row < tokens_here
     query_index = row + shift
-    k += batch * k_batch + (head // group).to(tl.int64) * k_head + residue * k_token
-    v += batch * v_batch + (head // group).to(tl.int64) * v_head + residue * v_token
-    q += batch * q_batch + head.to(tl.int64) * q_head + first * q_token + start * (q_token * step)
-    query = _rows(
-        q, lane[:, None], q_token * step, tl.arange(0, BLOCK_D)[None, :], inside[:, None], HEAD_DIM, BLOCK_D, True
-    )
+    k += batch * k_batch + (head // group).to(tl.int64) * k_head + residue.to(tl.int64) * k_token
+    v += batch * v_batch + (head // group).to(tl.int64) * v_head + residue.to(tl.int64) * v_token
+    q += batch * q_batch + head.to(tl.int64) * q_head + first.to(tl.int64) * q_token + start * q_row
+    query = _rows(q, lane[:, None], q_row, tl.arange(0, BLOCK_D)[None, :], inside[:, None], HEAD_DIM, BLOCK_D, True)
     index = (batch * tokens + first + (start + lane) * step) * heads + head
     given = _rows(
         grad_out, index[:, None], VALUE_DIM, tl.arange(0, BLOCK_V)[None, :], inside[:, None], VALUE_DIM, BLOCK_V, True
@@ -489,7 +493,7 @@ def attention_backward_queries(
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32) * LOG2E
     if bias is not None:
-        table = bias + head * distances
+        table = bias + head.to(tl.int64) * distances
     if grad_bias is not None:
         share = grad_bias + ((batch * heads + head) * tl.num_programs(0) + tl.program_id(0)) * distances
     if segments is not None:
@@ -535,7 +539,7 @@ def attention_backward_queries(
                 grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
                     grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v,
                     segments, slope, table, decay, query_index, query_segment, query_decay, origin, inside, share,
-                    k_token * step, v_token * step, step, limit, window, prefix_end, distances, center, scale, cap,
+                    k_row, v_row, step, limit, window, prefix_end, distances, center, scale, cap,
                     spread, floor, True, False, False, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
                     BLOCK_N,
                 )  # fmt: skip
@@ -550,8 +554,8 @@ def attention_backward_queries(
             visited = _visited(n, listed, before, begin, full, rest, MASKED)
             grad_query, dots, slope_sum, gate_sum, low_sum, high_sum = _descend(
                 grad_query, dots, slope_sum, gate_sum, low_sum, high_sum, query, given, sums, visited, k, v, segments,
-                slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_token * step,
-                v_token * step, step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
+                slope, table, decay, query_index, query_segment, query_decay, origin, inside, share, k_row, v_row,
+                step, limit, window, prefix_end, distances, center, scale, cap, spread, floor,
                 False, SLOPES, GATES, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     column = tl.arange(0, BLOCK_D)
@@ -590,8 +594,9 @@ def _ascend(
         q + start * q_stride, lane[:, None], q_stride, tl.arange(0, BLOCK_D)[None, :], inside[:, None],
         HEAD_DIM, BLOCK_D, MASKED,
     )  # fmt: skip
+    given_row = _apart(heads * VALUE_DIM, step)
     given = _rows(
-        grad_out + start * (step * heads * VALUE_DIM), lane[:, None], step * heads * VALUE_DIM,
+        grad_out + start * given_row, lane[:, None], given_row,
         tl.arange(0, BLOCK_V)[None, :], inside[:, None], VALUE_DIM, BLOCK_V, MASKED,
     )  # fmt: skip
     sums = tl.load(log_sum + row * step, mask=inside, other=0.0)
@@ -637,6 +642,7 @@ def attention_backward_keys(
     """The gradients of a tile of keys and values: over all heads that use them, so that nothing is added twice."""
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     tile, residue, first, tokens_here, keys_here, shift = _residue_class(tokens, keys, step, ahead)
+    q_row, k_row, v_row = _apart(q_token, step), _apart(k_token, step), _apart(v_token, step)
     kv_head, kv_heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     heads = kv_heads * group
     limit, prefix_end = keys_here, None
@@ -648,12 +654,12 @@ def attention_backward_keys(
     key = start.to(tl.int32) + lane
     inside = key < limit
     key_tile = _rows(
-        k + batch * k_batch + kv_head.to(tl.int64) * k_head + residue * k_token + start * (k_token * step),
-        lane[:, None], k_token * step, tl.arange(0, BLOCK_D)[None, :], inside[:, None], HEAD_DIM, BLOCK_D, True,
+        k + batch * k_batch + kv_head.to(tl.int64) * k_head + residue.to(tl.int64) * k_token + start * k_row,
+        lane[:, None], k_row, tl.arange(0, BLOCK_D)[None, :], inside[:, None], HEAD_DIM, BLOCK_D, True,
     )  # fmt: skip
     value_tile = _rows(
-        v + batch * v_batch + kv_head.to(tl.int64) * v_head + residue * v_token + start * (v_token * step),
-        lane[:, None], v_token * step, tl.arange(0, BLOCK_V)[None, :], inside[:, None], VALUE_DIM, BLOCK_V, True,
+        v + batch * v_batch + kv_head.to(tl.int64) * v_head + residue.to(tl.int64) * v_token + start * v_row,
+        lane[:, None], v_row, tl.arange(0, BLOCK_V)[None, :], inside[:, None], VALUE_DIM, BLOCK_V, True,
     )  # fmt: skip
     key_segment = None
     if segments is not None:
@@ -687,12 +693,12 @@ def attention_backward_keys(
         if slopes is not None:
             slope = tl.load(slopes + head).to(tl.float32) * LOG2E
         if bias is not None:
-            table = bias + head * distances
+            table = bias + head.to(tl.int64) * distances
         if decay is not None:
             own_decay = decay + (batch * heads + head) * keys + residue
             origin = tl.load(own_decay + start * step, mask=start < keys_here, other=0.0)
             key_decay = _gates(own_decay, (start + lane) * step, inside, origin, EXACT)[:, None]
-        own_q = q + batch * q_batch + head.to(tl.int64) * q_head + first * q_token
+        own_q = q + batch * q_batch + head.to(tl.int64) * q_head + first.to(tl.int64) * q_token
         own_given = grad_out + ((batch * tokens + first) * heads + head) * VALUE_DIM
         line = (batch * heads + head) * tokens + first
         gate_sum = tl.zeros([BLOCK_N], dtype=tl.float64 if EXACT else tl.float32)
@@ -702,7 +708,7 @@ def attention_backward_keys(
                 grad_key, grad_value, gate_sum = _ascend(
                     grad_key, grad_value, gate_sum, key_tile, value_tile, visited, own_q, own_given, log_sum + line,
                     delta + line, segments, slope, table, own_decay, key, key_segment, key_decay, origin, tokens_here,
-                    shift, heads, q_token * step, step, limit, window, prefix_end, distances, center, scale, cap,
+                    shift, heads, q_row, step, limit, window, prefix_end, distances, center, scale, cap,
                     spread, floor, GATES, MASKED, CAUSAL, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
                 )  # fmt: skip
         if GATES:
@@ -761,7 +767,7 @@ def attention_decode(
     if slopes is not None:
         slope = tl.load(slopes + head, mask=inside, other=0.0).to(tl.float32)[:, None] * LOG2E
     if bias is not None:
-        table = bias + tl.where(inside, head * distances, 0)[:, None]
+        table = bias + tl.where(inside, head.to(tl.int64) * distances, 0)[:, None]
     if segments is not None:
         segments += batch * keys
         query_segment = tl.load(segments + query_index, mask=inside, other=0)[:, None]

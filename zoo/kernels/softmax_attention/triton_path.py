@@ -120,7 +120,8 @@ class _Plan(NamedTuple):
     def numbers(self) -> tuple[int | None, ...]:
         """Tokens, keys, heads to a key head, dilation, where its classes begin, window, bias entries and middle."""
         tokens, keys = self.q.shape[1], self.k.shape[1]
-        window = None if self.window is None else -(-self.window // self.dilation)
+        # Behind the farthest key a window changes nothing, and 32 bits might not hold its end.
+        window = None if self.window is None else -(-min(self.window, tokens + keys) // self.dilation)
         return (
             tokens,
             keys,
