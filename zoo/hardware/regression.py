@@ -195,8 +195,7 @@ class Wholes:
 
     def folds(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
         """The rows of all wholes but a few, and these few; every whole is among the few once."""
-        for fold in range(min(FOLDS, len(self.seconds))):
-            few = np.arange(fold, len(self.seconds), FOLDS)
+        for few in _few(len(self.seconds)):
             yield ~np.isin(self.of, few), few
 
 
@@ -246,8 +245,7 @@ def _grown(sums: Floats, errors: Floats) -> tuple[Growth, Floats]:
     pivot = float(np.median(sums))
     logs, wanted = np.log(sums / pivot), np.log1p(errors)
     left = np.empty(len(errors))
-    for fold in range(FOLDS):
-        few = np.arange(fold, len(errors), FOLDS)
+    for few in _few(len(errors)):
         rest = np.delete(np.arange(len(errors)), few)
         left[few] = np.expm1(wanted[few] - _slope(logs[rest], wanted[rest]) * logs[few])
     if np.abs(left).mean() > (1 - GAIN) * np.abs(errors).mean():
@@ -260,9 +258,7 @@ def _slope(x: Floats, y: Floats) -> float:
     slope, weights = 0.0, np.ones(len(x))
     for _ in range(ROUNDS):
         slope = float((weights * x * y).sum() / max(float((weights * x * x).sum()), 1e-300))
-        residuals = np.abs(y - slope * x)
-        noise = max(LEAST_NOISE, 1.4826 * float(np.median(residuals)))
-        weights = np.minimum(1.0, HUBER * noise / np.maximum(residuals, 1e-300))
+        weights, _ = _huber(y - slope * x)
     return min(max(slope, -MOST_GROWTH), MOST_GROWTH)
 
 
@@ -323,9 +319,8 @@ def _solved(
     weights = importance
     for _ in range(ROUNDS):
         found = _least(shares, weights, anchor, penalty)
-        residuals = shares @ found - 1
-        noise = max(LEAST_NOISE, 1.4826 * float(np.median(np.abs(residuals))))
-        weights = importance * np.sqrt(np.minimum(1.0, HUBER * noise / np.maximum(np.abs(residuals), 1e-300)))
+        trust, noise = _huber(shares @ found - 1)
+        weights = importance * np.sqrt(trust)
     whole = shares if wholes is None else wholes.features / unit / wholes.seconds[:, None]
     scale = 1.0 if wholes is None else 1 / max(float(np.median(whole @ found)), 1e-6)
     predicted = np.empty(len(whole))
@@ -338,6 +333,19 @@ def _solved(
     covariance = np.zeros_like(normal)
     covariance[np.ix_(active, active)] = np.linalg.pinv(normal[np.ix_(active, active)]) * noise**2
     return scale * found / unit, scale**2 * covariance / np.outer(unit, unit), errors, strength
+
+
+def _huber(residuals: Floats) -> tuple[Floats, float]:
+    """How much each residual counts, and the standard deviation of those that are no outliers."""
+    sizes = np.abs(residuals)
+    noise = max(LEAST_NOISE, 1.4826 * float(np.median(sizes)))
+    return np.minimum(1.0, HUBER * noise / np.maximum(sizes, 1e-300)), noise
+
+
+def _few(count: int) -> Iterator[NDArray[np.intp]]:
+    """Numbers up to `count`, in `FOLDS` groups."""
+    for fold in range(min(FOLDS, count)):
+        yield np.arange(fold, count, FOLDS)
 
 
 def _folds(rows: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
