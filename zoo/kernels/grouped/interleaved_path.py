@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels.grouped import interleaved_kernels
+from zoo.kernels.grouped.operators import keep_inputs
 from zoo.kernels.launch import Launches, processors
 from zoo.kernels.pointwise.triton_kernels import rows_of
 from zoo.kernels.work import block_diagonal_matmul_flops
@@ -80,18 +81,13 @@ def _rowwise(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     to_x, to_weight = ctx.needs_input_grad
     return _interleaved(grad, weight.mT) if to_x else None, _outer(grad, x, weight) if to_weight else None
 
 
-_interleaved.register_autograd(_backward, setup_context=_keep)
+_interleaved.register_autograd(_backward, setup_context=keep_inputs)
 
 
 @register_flop_formula(_interleaved._opoverload.overloadpacket)

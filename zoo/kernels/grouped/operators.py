@@ -24,6 +24,12 @@ def empty_gradient(weight: Tensor) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
+def keep_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    """Save all that an operator was given, and nothing that it made, for its backward pass."""
+    del output
+    ctx.save_for_backward(*inputs)
+
+
 def complete(product: Any, outer: Any) -> None:
     """Teach two custom operators everything but how to compute. FLOPs are those of whole widths, as shapes tell."""
 
@@ -37,10 +43,6 @@ def complete(product: Any, outer: Any) -> None:
         del grad, x
         return empty_gradient(weight)
 
-    def keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        del output
-        ctx.save_for_backward(*inputs)
-
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets, output_widths, input_widths, source = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[:2]
@@ -51,7 +53,7 @@ def complete(product: Any, outer: Any) -> None:
         grad_weight = outer(grad, x, weight, offsets, output_widths, input_widths, source) if to_weight else None
         return grad_x, grad_weight, None, None, None, None
 
-    product.register_autograd(backward, setup_context=keep)
+    product.register_autograd(backward, setup_context=keep_inputs)
 
     @register_flop_formula(product._opoverload.overloadpacket)
     def _(x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ZooError
-from zoo.kernels.grouped.operators import empty_gradient
+from zoo.kernels.grouped.operators import empty_gradient, keep_inputs
 from zoo.kernels.work import subset_matmul_flops
 
 
@@ -162,11 +162,6 @@ def _(wide: Tensor, narrow: Tensor, weight: Tensor, subsets: Tensor) -> Tensor:
     return empty_gradient(weight)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-
-
 def _sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, subsets = ctx.saved_tensors
     to_x, to_weight, _ = ctx.needs_input_grad
@@ -181,8 +176,8 @@ def _parts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, _subset_outer(x, grad, weight, subsets) if to_weight else None, None
 
 
-_subset_sums.register_autograd(_sums_backward, setup_context=_keep)
-_subset_parts.register_autograd(_parts_backward, setup_context=_keep)
+_subset_sums.register_autograd(_sums_backward, setup_context=keep_inputs)
+_subset_parts.register_autograd(_parts_backward, setup_context=keep_inputs)
 
 
 @register_flop_formula(

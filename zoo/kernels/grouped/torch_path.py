@@ -14,7 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels.checks import at_least_float32
 from zoo.kernels.grouped.bounds import bounds_of, widths_of
-from zoo.kernels.grouped.operators import complete, empty_gradient
+from zoo.kernels.grouped.operators import complete, empty_gradient, keep_inputs
+from zoo.kernels.work import block_diagonal_matmul_flops
 
 
 @torch.library.custom_op("zoo::grouped_matmul", mutates_args=())
@@ -168,11 +169,6 @@ def _turn_back(products: Tensor, out: Tensor) -> None:
     out.copy_(products.transpose(0, 1).reshape(out.shape[1], -1).T)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    del output
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     to_x, to_weight = ctx.needs_input_grad
@@ -194,16 +190,16 @@ def _interleaved_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor
     )
 
 
-_block_diagonal.register_autograd(_backward, setup_context=_keep)
-_interleaved.register_autograd(_interleaved_backward, setup_context=_keep)
+_block_diagonal.register_autograd(_backward, setup_context=keep_inputs)
+_interleaved.register_autograd(_interleaved_backward, setup_context=keep_inputs)
 
 
 @register_flop_formula([each._opoverload.overloadpacket for each in (_block_diagonal, _interleaved)])
 def _(x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
-    return 2 * x[0] * x[1] * weight[2]
+    return block_diagonal_matmul_flops(x[0], *weight)
 
 
 @register_flop_formula(_interleaved_gradients._opoverload.overloadpacket)
 def _(grad: tuple[int, int], x: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
     del grad
-    return 4 * x[0] * x[1] * weight[2]
+    return 2 * block_diagonal_matmul_flops(x[0], *weight)
