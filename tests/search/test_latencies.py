@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,8 +27,10 @@ from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, latency_device
 from zoo.search.finalists import FILE, load_finalists
 from zoo.search.latencies import Forecast, Latencies
+from zoo.search.repair import Repair, label, workload
 from zoo.search.results import Results, write_results
 from zoo.search.study import SearchListener, SearchSettings, run_search
+from zoo.search.table import CostTable, Extra
 
 BUDGET = "latency<=2.2ms@cpu{seq=64,quantile=0.9}"
 
@@ -215,6 +218,26 @@ def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path, growth: Gro
             figure = source.latency(space.spec_at(trial.point), Context(1, 64, 64), "forward", 0.9)
             assert trial.metrics[name] == pytest.approx(figure.seconds) and figure.seconds <= 2.2e-3
     assert all(trial.trained and not trial.also_seen for trial in results.trials)
+
+
+@pytest.mark.parametrize("growth", [Growth(0.3, 5e-4, 1e-4, 1e-2), Growth(-0.2, 5e-3, 1e-3, 1e-2)])
+def test_what_grows_behind_the_sum_is_repaired_as_the_sum_that_it_allows(growth: Growth) -> None:
+    space, seconds = fakes.tiny(), predictor().estimator("forward")
+    changed = 0
+
+    def repair(bound: float, extra: Extra) -> Repair:
+        (term,) = Budget.parse(f"latency<={bound!r}s@cpu{{seq=64}}").terms
+        work = workload(term)
+        return Repair(space, {work: CostTable(space, work, {label(term): extra})}, Budget((term,)))
+
+    grown = repair(2.2e-3, Extra(seconds, growth, growth.inverse))
+    plain = repair(growth.inverse(2.2e-3), Extra(seconds))
+    for seed in range(12):
+        proposal = space.sample(random.Random(seed))
+        found = grown(proposal, random.Random(seed))
+        assert found == plain(proposal, random.Random(seed)) is not None
+        changed += found != proposal
+    assert 0 < changed < 12
 
 
 def test_a_latency_that_no_candidate_is_predicted_to_meet_ends_the_search_at_once(tmp_path: Path) -> None:
