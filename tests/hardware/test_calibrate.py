@@ -181,6 +181,13 @@ def test_drift_that_the_sentinel_feels_is_taken_out(tmp_path: Path, exact: Predi
     )
 
 
+def test_what_only_the_sentinel_feels_is_left_in(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    jitter = [1e-3 * (1 + rng.uniform(-0.1, 0.1)) for _ in range(500)]
+    found = run(PretendedStopwatch(sentinels=jitter), tmp_path, 80)
+    assert found.regressions["forward"].error < 0.01 and found.regressions["decode"].error < 0.01
+
+
 def test_a_machine_that_is_never_quiet_is_refused_and_nothing_replaced(tmp_path: Path) -> None:
     before = run(PretendedStopwatch(), tmp_path / "before", 40).save(tmp_path / "kept.json")
     text = before.read_text()

@@ -28,9 +28,11 @@ def test_a_kind_has_its_own_terms_and_none_that_are_zero() -> None:
             "linear.flops": 100,
             "linear.inputs": 12,
             "linear.weights": 10,
+            "linear.packed_weights": 10,
             "linear.outputs": 8,
             "linear.cold_calls": cold,
             "linear.cold_weights": 10 * cold,
+            "linear.cold_packed_weights": 10 * cold,
             "linear.cold_inputs": 12 * cold,
             "mamba.modules": 1,
             "scan.calls": 1,
@@ -71,6 +73,15 @@ def test_half_of_a_part_that_moves_as_much_as_the_cache_holds_is_cold() -> None:
     assert found["a.cold_calls"] == 0.5 and found["a.cold_weights"] == 32
     warm = features([[piece(Cost(kind="a", traffic=CACHE / 2))], [piece(Cost(kind="a", traffic=CACHE / 2))]])
     assert warm["a.cold_calls"] == pytest.approx(2 / 3), "parts are cold by what they move themselves"
+
+
+@pytest.mark.parametrize(("batch", "packed"), [(1, 0), (2, 1), (8, 1)])
+def test_weights_are_packed_where_they_meet_several_rows(batch: int, packed: int) -> None:
+    spec = load("gpt2")
+    found = features(parts_of(spec, Workload(batch, 64, 64), "decode"), "decode")
+    assert found["linear.weights"] > 0
+    assert found.get("linear.packed_weights", 0) == packed * found["linear.weights"]
+    assert found.get("linear.cold_packed_weights", 0) == packed * found["linear.cold_weights"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mamba2-130m", "mixer-b16"])

@@ -24,7 +24,7 @@ from zoo.errors import ZooError
 from zoo.hardware.features import PHASES, Part, Phase, by_piece, features, summed
 from zoo.hardware.predictor import COUNTED, Predictor, slowdown
 from zoo.hardware.profile import Profile
-from zoo.hardware.regression import Floats, Regression, Wholes, fit
+from zoo.hardware.regression import Floats, Regression, Wholes, fit, slope
 from zoo.hardware.roofline import least_seconds
 from zoo.hardware.samples import Sample, chosen, drawn, take
 from zoo.latency import Clock
@@ -44,7 +44,7 @@ RUNS = 14
 """About how many forward passes timing a sample comes to, decoding included."""
 DRIFT = 0.2
 """The share by which the sentinel may differ from its median; what was timed then is timed again. What it differs less
-is taken out of the times."""
+is taken out of the times, as far as these follow it."""
 TRIES = 3
 """How often a group is timed before it counts as disturbed."""
 DISTURBED = 1 / 3
@@ -53,6 +53,8 @@ DISAGREEMENT = 1.2
 """By what factor a sample and the sum of its modules, timed by turns, may differ; more, and one was disturbed."""
 FEWEST = 10
 """Samples that a calibration needs."""
+FEWEST_FOLLOWED = 30
+"""Samples from which on they tell how far times follow the sentinel; before, they are taken to follow all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,9 +293,9 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
     regressions: dict[Phase, Regression] = {}
     memory: dict[Phase, Regression] = {}
     for phase in PHASES:
-        mine = [_at_usual_speed(item, usual) for item in good if phase in item.whole]
+        mine = [item for item in good if phase in item.whole]
         if len(mine) >= FEWEST:
-            regressions[phase] = _regression(mine, phase, _before(phase, prior, regressions))
+            regressions[phase] = _regression(mine, phase, usual, _before(phase, prior, regressions))
         held = [item.held[phase] for item in good if phase in item.held]
         if len(held) >= FEWEST:
             memory[phase] = fit(
@@ -318,44 +320,43 @@ def _before(phase: Phase, prior: Predictor | None, found: Mapping[Phase, Regress
     return found.get("forward") if phase == "train" else None
 
 
-def _at_usual_speed(timed: Timed, usual: Mapping[Phase, float]) -> Timed:
-    """The same with times as they would be were the machine as fast as it usually was."""
-    factors = slowdown(timed.sentinel, usual)
+def _regression(
+    timed: list[Timed], phase: Phase, usual: Mapping[Phase, float], before: Regression | None
+) -> Regression:
+    """The fit to times as they would be were the machine as fast as it usually was, as far as times follow the
+    sentinel: where it strays by chance, less than all of its drift is in them.
+    """
+    drifts = np.array([slowdown(item.sentinel, usual).get(phase, 1.0) for item in timed])
+    found = _fit(timed, phase, drifts, before)
+    followed = 1 + slope(np.log(drifts), np.log1p(found.errors))
+    if followed < 1 and len(timed) >= FEWEST_FOLLOWED:
+        found = _fit(timed, phase, drifts ** max(0.0, followed), before)
+    typical = np.array([item.typical for item in timed])
+    return found.judged(typical) if typical.sum() >= FEWEST else found
 
-    def usually(row: Row, phase: Phase) -> Row:
-        counts, seconds = row
-        return counts, seconds / factors.get(phase, 1.0)
 
-    return replace(
-        timed,
-        whole={phase: usually(row, phase) for phase, row in timed.whole.items()},
-        modules={phase: [usually(row, phase) for row in rows] for phase, rows in timed.modules.items()},
-    )
-
-
-def _regression(timed: list[Timed], phase: Phase, before: Regression | None) -> Regression:
+def _fit(timed: list[Timed], phase: Phase, drifts: Floats, before: Regression | None) -> Regression:
+    """Times, divided by the drift meanwhile, as costs of what the modules do; training is timed as a whole."""
     wholes = [item.whole[phase] for item in timed]
     names = sorted({name for counts, _ in wholes for name in counts} | set(before.names if before else ()))
-    # A module so fast that the clock stood still tells nothing; training is timed as a whole.
+    # A module so fast that the clock stood still tells nothing.
     parts = [
-        (index, row)
+        (index, counts, seconds / drifts[index])
         for index, item in enumerate(timed)
-        for row in item.modules.get(phase, [item.whole[phase]])
-        if row[1] > 0
+        for counts, seconds in item.modules.get(phase, [item.whole[phase]])
+        if seconds > 0
     ]
-    found = fit(
-        _matrix([counts for _, (counts, _) in parts], names),
-        [seconds for _, (_, seconds) in parts],
+    return fit(
+        _matrix([counts for _, counts, _ in parts], names),
+        [seconds for _, _, seconds in parts],
         names,
         prior=before,
         wholes=Wholes(
-            np.array([index for index, _ in parts]),
+            np.array([index for index, _, _ in parts]),
             _matrix([counts for counts, _ in wholes], names),
-            np.array([seconds for _, seconds in wholes]),
+            np.array([seconds for _, seconds in wholes]) / drifts,
         ),
     )
-    typical = np.array([item.typical for item in timed])
-    return found.judged(typical) if typical.sum() >= FEWEST else found
 
 
 def _matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> Floats:

@@ -23,6 +23,9 @@ LARGE = 1 << 20
 """Bytes of an operand from which on the caches of a core do not keep it until it is read."""
 CACHE = 1 << 21
 """Bytes that a part may move for half of what it needs to be in a cache yet when it is called again."""
+FEWEST_PACKED = 0.75
+"""FLOPs for each byte of weights from which on these meet several rows: one row of float32 has a half, two have one,
+less what biases add to the weights. Half precision has one with a single row, and is taken to pack always."""
 
 
 def features(parts: Iterable[Part], phase: Phase = "forward") -> dict[str, float]:
@@ -30,8 +33,10 @@ def features(parts: Iterable[Part], phase: Phase = "forward") -> dict[str, float
 
     calls: starts. flops: of matrix products, with the backward ones in training. pointwise: other operations. inputs,
     weights, outputs: bytes read and made. large_inputs, large_outputs: bytes of those that do not stay in a cache.
-    steps: parts that wait for each other. cold_calls, cold_weights, cold_inputs: calls, weights, and inputs, among
-    which are states, times the share that a part which moves `b` bytes finds outside of a cache, `b / (b + CACHE)`.
+    packed_weights: weights that meet several rows, which products of matrices lay out anew before; with one row they
+    are read as they lie. steps: parts that wait for each other. cold_calls, cold_weights, cold_packed_weights,
+    cold_inputs: calls, weights, and inputs, among which are states, times the share that a part which moves `b` bytes
+    finds outside of a cache, `b / (b + CACHE)`.
     """
     return summed(counts for part in parts for _, counts in by_piece(part, phase))
 
@@ -57,18 +62,21 @@ def summed(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def _of_operator(operator: Operator, phase: Phase, cold: float) -> dict[str, float]:
     weights, outputs = operator.weights, operator.output
     inputs = max(0.0, operator.traffic - weights - outputs)
+    packed = weights if operator.flops >= FEWEST_PACKED * weights else 0.0
     terms = {
         "calls": 1.0,
         "flops": operator.flops + operator.backward if phase == "train" else operator.flops,
         "pointwise": operator.pointwise,
         "inputs": inputs,
         "weights": weights,
+        "packed_weights": packed,
         "outputs": outputs,
         "large_inputs": inputs if inputs >= LARGE else 0.0,
         "large_outputs": outputs if outputs >= LARGE else 0.0,
         "steps": operator.steps,
         "cold_calls": cold,
         "cold_weights": weights * cold,
+        "cold_packed_weights": packed * cold,
         "cold_inputs": inputs * cold,
     }
     return {f"{operator.kind}.{term}": amount * operator.calls for term, amount in terms.items() if amount}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
@@ -193,10 +194,10 @@ class Wholes:
     features: Floats
     seconds: Floats
 
-    def folds(self) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
-        """The rows of all wholes but a few, and these few; every whole is among the few once."""
+    def folds(self) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """The rows of a few wholes, and these few; every whole is among the few once."""
         for few in _few(len(self.seconds)):
-            yield ~np.isin(self.of, few), few
+            yield np.flatnonzero(np.isin(self.of, few)), few
 
 
 def fit(
@@ -247,19 +248,23 @@ def _grown(sums: Floats, errors: Floats) -> tuple[Growth, Floats]:
     left = np.empty(len(errors))
     for few in _few(len(errors)):
         rest = np.delete(np.arange(len(errors)), few)
-        left[few] = np.expm1(wanted[few] - _slope(logs[rest], wanted[rest]) * logs[few])
+        left[few] = np.expm1(wanted[few] - _power(logs[rest], wanted[rest]) * logs[few])
     if np.abs(left).mean() > (1 - GAIN) * np.abs(errors).mean():
         return PROPORTIONAL, errors
-    return Growth(_slope(logs, wanted), pivot, float(sums.min()), float(sums.max())), left
+    return Growth(_power(logs, wanted), pivot, float(sums.min()), float(sums.max())), left
 
 
-def _slope(x: Floats, y: Floats) -> float:
-    """Of the line through the origin that fits robustly."""
-    slope, weights = 0.0, np.ones(len(x))
+def _power(x: Floats, y: Floats) -> float:
+    return min(max(slope(x, y), -MOST_GROWTH), MOST_GROWTH)
+
+
+def slope(x: Floats, y: Floats) -> float:
+    """Of the line through the origin that fits `y` robustly."""
+    found, weights = 0.0, np.ones(len(x))
     for _ in range(ROUNDS):
-        slope = float((weights * x * y).sum() / max(float((weights * x * x).sum()), 1e-300))
-        weights, _ = _huber(y - slope * x)
-    return min(max(slope, -MOST_GROWTH), MOST_GROWTH)
+        found = float((weights * x * y).sum() / max(float((weights * x * x).sum()), 1e-300))
+        weights, _ = _huber(y - found * x)
+    return found
 
 
 def without(regression: Regression, *names: str) -> Regression:
@@ -318,14 +323,16 @@ def _solved(
     importance = np.ones(len(seconds)) if wholes is None else np.sqrt(seconds / wholes.seconds[wholes.of])
     weights = importance
     for _ in range(ROUNDS):
-        found = _least(shares, weights, anchor, penalty)
+        found = _least(_problem(shares, weights), anchor, penalty)
         trust, noise = _huber(shares @ found - 1)
         weights = importance * np.sqrt(trust)
     whole = shares if wholes is None else wholes.features / unit / wholes.seconds[:, None]
     scale = 1.0 if wholes is None else 1 / max(float(np.median(whole @ found)), 1e-6)
     predicted = np.empty(len(whole))
-    for kept, few in _folds(len(seconds)) if wholes is None else wholes.folds():
-        predicted[few] = scale * whole[few] @ _least(shares[kept], weights[kept], anchor, penalty)
+    folds = [(row, row) for row in np.arange(len(seconds))[:, None]] if wholes is None else [*wholes.folds()]
+    rest = _leaving_out(_problem(shares, weights), [rows for rows, _ in folds])
+    for (_, few), problem in zip(folds, rest, strict=True):
+        predicted[few] = scale * whole[few] @ _least(problem, anchor, penalty)
     # Measured over predicted: the factor by which a new measurement may exceed its prediction.
     errors = 1 / np.maximum(predicted, 1e-6) - 1
     active = np.flatnonzero(found > 0)
@@ -348,17 +355,36 @@ def _few(count: int) -> Iterator[NDArray[np.intp]]:
         yield np.arange(fold, count, FOLDS)
 
 
-def _folds(rows: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.intp]]]:
-    """All rows but one, and that one."""
-    for row in range(rows):
-        yield np.arange(rows) != row, np.array([row])
+def _problem(shares: Floats, weights: Floats) -> Floats:
+    """`|shares c - 1|^2` with weights, as the equations `[rows, columns + 1]` whose last column is to be reached."""
+    return np.column_stack([shares, np.ones(len(shares))]) * weights[:, None]
 
 
-def _least(shares: Floats, weights: Floats, anchor: Floats, penalty: Floats) -> Floats:
-    rows, wanted = shares * weights[:, None], weights
+def _reduced(problem: Floats) -> Floats:
+    """The same in at most as many rows as there are columns."""
+    return np.asarray(np.linalg.qr(problem, mode="r")) if len(problem) > problem.shape[1] else problem
+
+
+def _leaving_out(problem: Floats, groups: Sequence[NDArray[np.intp]]) -> Iterator[Floats]:
+    """For each group of rows the problem without them.
+
+    What lies before a group and what lies behind it are reduced one after the other, so that no row is met more than
+    a few times however many groups there are.
+    """
+    each = [_reduced(problem[group]) for group in groups]
+    for before, behind in zip(_up_to(each), reversed([*_up_to(each[::-1])]), strict=True):
+        yield np.concatenate([before, behind])
+
+
+def _up_to(problems: Sequence[Floats]) -> Iterator[Floats]:
+    """For each problem all that lie before it, together."""
+    none = problems[0][:0]
+    return accumulate(problems[:-1], lambda some, more: _reduced(np.concatenate([some, more])), initial=none)
+
+
+def _least(problem: Floats, anchor: Floats, penalty: Floats) -> Floats:
+    """Its non-negative solution, near `anchor` as far as the `penalty` on each coefficient says."""
     if penalty.any():
-        rows = np.concatenate([rows, np.diag(penalty)])
-        wanted = np.concatenate([wanted, penalty * anchor])
-    # The same problem in as many rows as there are columns, since there may be thousands of rows.
-    reduced = np.asarray(np.linalg.qr(np.column_stack([rows, wanted]), mode="r"))
-    return nnls(reduced[:, :-1], reduced[:, -1])[0]
+        problem = np.concatenate([problem, np.column_stack([np.diag(penalty), penalty * anchor])])
+    problem = _reduced(problem)
+    return nnls(problem[:, :-1], problem[:, -1])[0]
