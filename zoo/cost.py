@@ -39,7 +39,8 @@ class Operator(NamedTuple):
 
     kind: what computes it, such as `linear` or `attention`; pieces of a kind take time in proportion to their figures.
     flops, backward, pointwise, traffic: as in `Cost`. output: bytes that it makes. weights: bytes of parameters among
-    the traffic. steps: how many parts of it have to wait for each other. calls: how often it is started.
+    the traffic. steps: how many parts of it have to wait for each other. calls: how often it is started. spared: the
+    share of its FLOPs that are counted, as `Cost` counts whole products, but not computed.
     """
 
     kind: str
@@ -51,6 +52,11 @@ class Operator(NamedTuple):
     weights: float
     steps: float
     calls: float
+    spared: float = 0.0
+
+    def computed(self, training: bool = False) -> float:
+        """FLOPs of matrix products that are computed in a forward pass or, in training, in both passes."""
+        return (self.flops + self.backward if training else self.flops) * (1 - self.spared)
 
     def repeated(self, times: float) -> Operator:
         return self._replace(calls=self.calls * times)
@@ -70,7 +76,7 @@ class Cost:
     backward_extra: the same of the backward pass, gradients of parameters aside; by default twice the peak, for the
     gradients of a result and of what it was made of.
 
-    kind, weights and steps say as what a device meets it, see `Operator`; a sum of costs has `parts` in their place.
+    kind, weights, steps and spared say as what a device meets it, see `Operator`; a sum of costs has `parts` in their place.
 
     `a + b` runs `b` after `a`: everything adds up, but of the peaks the larger counts. While a training step is at `a`,
     what `b` saves is not there yet, or no more.
@@ -87,6 +93,7 @@ class Cost:
     kind: str = "other"
     weights: float = 0.0
     steps: float = 0.0
+    spared: float = 0.0
     parts: tuple[Operator, ...] | None = None
 
     @property
@@ -111,7 +118,8 @@ class Cost:
         if not (self.flops or self.pointwise or self.traffic):
             return ()
         work = (self.flops, self.backward_flops, self.pointwise, self.traffic)
-        return (Operator(self.kind, *work, output=self.peak, weights=self.weights, steps=self.steps, calls=1),)
+        met = {"output": self.peak, "weights": self.weights, "steps": self.steps, "calls": 1, "spared": self.spared}
+        return (Operator(self.kind, *work, **met),)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(

@@ -328,6 +328,31 @@ def test_counts_are_exact(settings: dict[str, Any], causal: bool) -> None:
     assert counted.backward_flops == counted_flops(y.backward)
 
 
+@pytest.mark.parametrize(
+    ("settings", "causal", "call", "spared"),
+    [
+        ({}, True, Call(tokens=1024), 0.25),
+        ({"window": 1024}, True, Call(tokens=1024), 0.25),
+        ({}, True, Call(tokens=512), 0.0),
+        ({}, False, Call(tokens=1024), 0.0),
+        ({"window": 1023}, True, Call(tokens=1024), 0.0),
+        ({"window": 64}, True, Call(tokens=1024), 0.0),
+        ({"softcap": 2.0}, True, Call(tokens=1024), 0.0),
+        ({"position": ALiBi()}, True, Call(tokens=1024), 0.0),
+        ({}, True, Call(tokens=1024, past=1), 0.0),
+        ({}, True, Call(tokens=1024, packed=True), 0.0),
+    ],
+)
+def test_hidden_keys_are_counted_and_only_without_other_rules_spared(
+    settings: dict[str, Any], causal: bool, call: Call, spared: float
+) -> None:
+    scope = place(tokens=1025, causal=causal)
+    (product,) = Attention(heads=4, **settings).fill(scope).product(call).operators
+    assert product.spared == pytest.approx(spared)
+    assert product.computed() == pytest.approx((1 - spared) * product.flops)
+    assert product.computed(training=True) == pytest.approx((1 - spared) * (product.flops + product.backward))
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("past", [0, 3, 30])
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -42,6 +42,13 @@ def test_attention_with_other_values_and_extras() -> None:
     assert counted == work.attention_flops(2, 300, 300, 4, 8, 6, window=32)
 
 
+@pytest.mark.parametrize("tokens", [1, 300, 512, 700, 1024, 2048, 2050])
+def test_causal_attention_leaves_out_keys_behind_a_block(tokens: int) -> None:
+    met = sum(min(-(-(query + 1) // work.ATTENTION_KEYS) * work.ATTENTION_KEYS, tokens) for query in range(tokens))
+    assert work.causal_spared(tokens) == pytest.approx(1 - met / tokens**2, abs=1e-12)
+    assert (work.causal_spared(tokens) > 0) == (tokens > work.ATTENTION_KEYS)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("tokens", [0, 1, 5, 64, 100])
 @pytest.mark.parametrize("decays", [False, True])

@@ -297,7 +297,15 @@ class Attention(HeadMixer):
             forward_extra=peak,
             backward_extra=moved + 2 * scores,
             kind="attention" if whole else "window_attention",
+            spared=work.causal_spared(call.tokens) if whole and self.plain(call) else 0.0,
         )
+
+    def plain(self, call: Call) -> bool:
+        """Whether the product is causal with no other rule, which PyTorch computes without most of the hidden keys."""
+        if not self.causal or self.softcap is not None or self.place.slopes(self.sizes[0]) is not None:
+            return False
+        within = self.window is None or self.window >= call.tokens
+        return within and call.tokens > 1 and call.past == 0 and not call.packed
 
     def cut(self, call: Call) -> tuple[int, int] | None:
         """Queries of a block and keys that it sees, where the product is computed in blocks."""

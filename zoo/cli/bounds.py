@@ -157,6 +157,6 @@ def _parts(spec: Spec, work: Workload, device: Profile) -> Iterator[Part]:
         for phase in ("forward", "decode") if _generates(spec) else ("forward",):
             for piece in place.cost(phase == "decode").operators:
                 # The peak is that of matrix products, beside which other arithmetic does not count.
-                operations = (piece.flops or piece.pointwise) * piece.calls
+                operations = (piece.computed() or piece.pointwise) * piece.calls
                 seconds = least_seconds([piece], device, work.dtype)
                 yield Part(piece.kind, phase, operations, piece.traffic * piece.calls, seconds)

@@ -31,7 +31,7 @@ less what biases add to the weights. Half precision has one with a single row, a
 def features(parts: Iterable[Part], phase: Phase = "forward") -> dict[str, float]:
     """Counts by name, `KIND.TERM` of operators and `TYPE.modules` of components; those that are zero are left out.
 
-    calls: starts. flops: of matrix products, with the backward ones in training. pointwise: other operations. inputs,
+    calls: starts. flops: of matrix products that are computed, with the backward ones in training. pointwise: other operations. inputs,
     weights, outputs: bytes read and made. large_inputs, large_outputs: bytes of those that do not stay in a cache.
     packed_weights: weights that meet several rows, which products of matrices lay out anew before; with one row they
     are read as they lie. steps: parts that wait for each other. cold_calls, cold_weights, cold_packed_weights,
@@ -65,7 +65,7 @@ def _of_operator(operator: Operator, phase: Phase, cold: float) -> dict[str, flo
     packed = weights if operator.flops >= FEWEST_PACKED * weights else 0.0
     terms = {
         "calls": 1.0,
-        "flops": operator.flops + operator.backward if phase == "train" else operator.flops,
+        "flops": operator.computed(phase == "train"),
         "pointwise": operator.pointwise,
         "inputs": inputs,
         "weights": weights,

@@ -68,8 +68,7 @@ def bounded(path: str, operators: Iterable[Operator], device: Profile, dtype: st
     arithmetic = memory = launches = 0.0
     passes = 3 if phase == "train" else 1
     for piece in operators:
-        flops = piece.flops + piece.backward if phase == "train" else piece.flops
-        computing, moving = flops / rate, passes * piece.traffic / device.bandwidth
+        computing, moving = piece.computed(phase == "train") / rate, passes * piece.traffic / device.bandwidth
         if computing > moving:
             arithmetic += computing * piece.calls
         else:

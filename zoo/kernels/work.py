@@ -16,6 +16,9 @@ CHUNK = 64
 LEAST_BLOCK = 32
 """The shortest block of queries that windowed attention computes together."""
 
+ATTENTION_KEYS = 512
+"""Keys that PyTorch's attention on a CPU computes together; those behind a block of queries are left out."""
+
 SCAN_CHUNK_ELEMENTS = 1 << 18
 """States of a chunk of the selective scan, in numbers."""
 
@@ -69,6 +72,16 @@ def attention_flops(
         block, keys = cut
         tokens = -(-tokens // block) * block
     return 2 * batch * heads * tokens * keys * (head_dim + (head_dim if value_dim is None else value_dim))
+
+
+def causal_spared(tokens: int) -> float:
+    """The share of `attention_flops` that plain causal attention over as many tokens does not compute.
+
+    PyTorch takes `ATTENTION_KEYS` keys at a time, up to those that a block of queries may see.
+    """
+    whole, rest = divmod(tokens, ATTENTION_KEYS)
+    computed = ATTENTION_KEYS**2 * whole * (whole + 1) // 2 + rest * tokens
+    return 1 - computed / tokens**2
 
 
 class RecurrentShape(NamedTuple):
