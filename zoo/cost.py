@@ -76,7 +76,8 @@ class Cost:
     backward_extra: the same of the backward pass, gradients of parameters aside; by default twice the peak, for the
     gradients of a result and of what it was made of.
 
-    kind, weights, steps and spared say as what a device meets it, see `Operator`; a sum of costs has `parts` in their place.
+    kind, weights, steps and spared say as what a device meets it, see `Operator`; a sum of costs has `parts` in their
+    place.
 
     `a + b` runs `b` after `a`: everything adds up, but of the peaks the larger counts. While a training step is at `a`,
     what `b` saves is not there yet, or no more.

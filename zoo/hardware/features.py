@@ -31,12 +31,12 @@ less what biases add to the weights. Half precision has one with a single row, a
 def features(parts: Iterable[Part], phase: Phase = "forward") -> dict[str, float]:
     """Counts by name, `KIND.TERM` of operators and `TYPE.modules` of components; those that are zero are left out.
 
-    calls: starts. flops: of matrix products that are computed, with the backward ones in training. pointwise: other operations. inputs,
-    weights, outputs: bytes read and made. large_inputs, large_outputs: bytes of those that do not stay in a cache.
-    packed_weights: weights that meet several rows, which products of matrices lay out anew before; with one row they
-    are read as they lie. steps: parts that wait for each other. cold_calls, cold_weights, cold_packed_weights,
-    cold_inputs: calls, weights, and inputs, among which are states, times the share that a part which moves `b` bytes
-    finds outside of a cache, `b / (b + CACHE)`.
+    calls: starts. flops: of matrix products that are computed, with the backward ones in training. pointwise: other
+    operations. inputs, weights, outputs: bytes read and made. large_inputs, large_outputs: bytes of those that do not
+    stay in a cache. packed_weights: weights that meet several rows, which products of matrices lay out anew before;
+    with one row they are read as they lie. steps: parts that wait for each other. cold_calls, cold_weights,
+    cold_packed_weights, cold_inputs: calls, weights, and inputs, among which are states, times the share that a part
+    which moves `b` bytes finds outside of a cache, `b / (b + CACHE)`.
     """
     return summed(counts for part in parts for _, counts in by_piece(part, phase))
 
