@@ -66,7 +66,12 @@ class Sample:
 
     def parts(self, phase: Phase) -> tuple[Part, ...]:
         """What a device meets, part by part."""
-        return parts_of(self.spec, self.work, phase)
+        return self._forward if phase == "forward" else parts_of(self.spec, self.work, phase)
+
+    @cached_property
+    def _forward(self) -> tuple[Part, ...]:
+        """Kept, since choosing a sample, timing it and writing down what was timed all ask for it."""
+        return parts_of(self.spec, self.work, "forward")
 
     def held(self, phase: Phase) -> float:
         """Bytes that are counted to be held at once."""
@@ -119,14 +124,19 @@ def chosen(pool: Sequence[Sample], guess: Callable[[Sample], float], price: Call
     shares /= np.linalg.norm(shares, axis=0, keepdims=True) / np.sqrt(len(pool))
     costs = np.array([price(second) for second in seconds])
     inverse = np.eye(len(names)) / RIDGE
-    left = list(range(len(pool)))
+    # What each sample adds to the determinant, `x (X^T X)^-1 x`, follows the inverse by the same formula (Sherman and
+    # Morrison 1950).
+    added = (shares**2).sum(axis=1) / RIDGE
+    left = np.ones(len(pool), dtype=bool)
     order: list[Sample] = []
-    while left:
-        rows = shares[left]
-        gains = np.log1p(np.einsum("ij,jk,ik->i", rows, inverse, rows)) / costs[left]
-        best = left.pop(int(np.argmax(gains)))
+    while left.any():
+        gains = np.log1p(np.maximum(added, 0.0)) / costs
+        best = int(np.argmax(np.where(left, gains, -np.inf)))
         direction = inverse @ shares[best]
-        inverse -= np.outer(direction, direction) / (1 + shares[best] @ direction)
+        grown = 1 + shares[best] @ direction
+        inverse -= np.outer(direction, direction) / grown
+        added -= (shares @ direction) ** 2 / grown
+        left[best] = False
         order.append(pool[best])
     return order
 
