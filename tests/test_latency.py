@@ -73,6 +73,20 @@ def test_each_timed_run_comes_behind_a_case_that_has_settled() -> None:
     assert [len(timing.runs) for timing in timings.values()] == [2, 2]
 
 
+def test_the_pace_is_taken_warm_between_all_runs() -> None:
+    clock = FakeClock()
+    pace = clock.case("p", *[1] * 4, 9, 4, 9, 1, 9, 9)
+    cases = {"a": clock.case("a", 8, 10), "b": clock.case("b", 6, 30)}
+    found = measure(cases, device=CPU, repeats=2, warmup=0, min_seconds=0, max_seconds=100, clock=clock, pace=pace)
+    assert "".join(clock.calls) == "pp" + "app" + "bpp" + "bpp" + "app"
+    assert found == {"a": Timing((8, 10), (1, 3)), "b": Timing((6, 30), (2, 2))}
+    assert found["a"].at(3) == Timing((24, 10)) and found["b"].at(1) == Timing((3, 15))
+
+
+def test_a_pace_of_no_time_changes_nothing() -> None:
+    assert Timing((2.0, 4.0), (0.0, 2.0)).at(1.0) == Timing((2.0, 2.0))
+
+
 def test_a_case_that_takes_no_time_settles_all_the_same() -> None:
     clock = FakeClock()
     timing = measure({"a": clock.case("a", 0.0)}, device=CPU, repeats=2, min_seconds=0, clock=clock, settle=0.5)["a"]

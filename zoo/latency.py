@@ -38,9 +38,18 @@ _CONFIDENT = 1.645
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of each timed run of one case, in the order of the runs."""
+    """Seconds of each timed run of one case, in the order of the runs.
+
+    paces: of each, how long the same other work took right before and behind it, where there was such; see `measure`.
+    """
 
     runs: tuple[float, ...]
+    paces: tuple[float, ...] = ()
+
+    def at(self, pace: float) -> Timing:
+        """The runs as they would be if the other work took `pace` seconds around each."""
+        pairs = zip(self.runs, self.paces, strict=True)
+        return Timing(tuple(run * pace / mine if mine else run for run, mine in pairs))
 
     @property
     def median(self) -> float:
@@ -89,6 +98,7 @@ def measure(
     threads: int | None = None,
     clock: Clock = time.perf_counter,
     settle: float = 0.0,
+    pace: Case | None = None,
 ) -> dict[str, Timing]:
     """Time calls without arguments against each other on one device.
 
@@ -97,6 +107,10 @@ def measure(
     case has run for `min_seconds` (up to 50 times `repeats`), fewer (but two) if one has run for `max_seconds`. Where
     `settle` is above zero, untimed runs of the same case for that many seconds, one at least, come before each timed
     one, so that caches hold what they hold for a model that runs alone.
+
+    `pace`, if given, is short work that is timed between all others, warm: what it takes before and behind a run, as
+    the geometric mean, says how fast the machine was meanwhile. On a shared machine whose speed changes by a quarter
+    from one second to the next, runs divided by it stray a third as far.
 
     Runs are without gradients and without garbage collection, on `threads` CPU threads (the device's). On a GPU the
     time is that between two events on its stream, elsewhere `clock` gives it, in seconds.
@@ -107,6 +121,7 @@ def measure(
 
     run = _timer(device, clock)
     runs: dict[str, list[float]] = {name: [] for name in cases}
+    paces: dict[str, list[float]] = {name: [] for name in cases}
     spent = dict.fromkeys(cases, 0.0)
     with torch.inference_mode(), pinned_threads(threads or device.threads), _without_garbage_collection():
         for case in cases.values():
@@ -115,7 +130,7 @@ def measure(
                 warming += run(case)
                 if warming >= max_seconds:
                     break
-        rounds = 0
+        rounds, before = 0, _warm(run, pace)
         while rounds < _FEWEST_ROUNDS or (
             max(spent.values()) < max_seconds
             and (rounds < repeats or (min(spent.values()) < min_seconds and rounds < _MOST_ROUNDS * repeats))
@@ -125,8 +140,20 @@ def measure(
                 seconds = run(cases[name])
                 runs[name].append(seconds)
                 spent[name] += seconds
+                if pace is not None:
+                    behind = _warm(run, pace)
+                    paces[name].append(math.sqrt(before * behind))
+                    before = behind
             rounds += 1
-    return {name: Timing(tuple(times)) for name, times in runs.items()}
+    return {name: Timing(tuple(times), tuple(paces[name])) for name, times in runs.items()}
+
+
+def _warm(run: Callable[[Case], float], case: Case | None) -> float:
+    """What a case takes that ran right before; nothing where there is none."""
+    if case is None:
+        return 0.0
+    run(case)
+    return run(case)
 
 
 def _settled(run: Callable[[Case], float], case: Case, seconds: float) -> None:

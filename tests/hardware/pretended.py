@@ -10,7 +10,7 @@ from zoo.device import Device
 from zoo.hardware.features import Phase, by_piece, features
 from zoo.hardware.profile import Profile
 from zoo.hardware.samples import Sample
-from zoo.hardware.stopwatch import Reading, Readings, Sentinel
+from zoo.hardware.stopwatch import Reading, Readings
 
 TERMS = {"calls": 5e-6, "flops": 1e-11, "inputs": 1e-10, "weights": 1e-10, "outputs": 1e-10, "modules": 1e-6}
 """Seconds for each unit of work, whatever its kind."""
@@ -52,7 +52,7 @@ class PretendedStopwatch:
     now: float = 0.0
     asked: list[str] = field(default_factory=list)
 
-    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
         seconds = self.sentinels[min(len(self.asked), len(self.sentinels) - 1)]
         found: list[Readings] = []
         for sample in samples:
@@ -73,7 +73,7 @@ class PretendedStopwatch:
                 )
             found.append(readings)
         self.now += len(samples)
-        return found, {"forward": seconds, "decode": seconds}
+        return found, seconds
 
     def clock(self) -> float:
         """Seconds by its own clock: one for each sample."""

@@ -130,7 +130,7 @@ def test_a_device_reads_samples_and_their_modules(monkeypatch: pytest.MonkeyPatc
     sample = Sample(load("tiny-bytes"), 2, 16, 8, True)
     known = dict(build(sample.spec, device="meta").named_modules())
     (readings,), sentinel = DeviceStopwatch(resolve_device("cpu", 1)).read([sample])
-    assert set(readings) == set(sentinel) == {"forward", "decode"} and min(sentinel.values()) > 0
+    assert set(readings) == {"forward", "decode"} and sentinel > 0
     for phase, reading in readings.items():
         assert reading.seconds > 0 and all(seconds >= 0 for seconds in reading.modules.values())
         called = set(reading.modules)

@@ -116,8 +116,8 @@ def test_finalists_say_how_the_machine_has_changed_since_its_calibration(
 ) -> None:
     from zoo.hardware.stopwatch import DeviceStopwatch
 
-    monkeypatch.setattr(DeviceStopwatch, "sentinel", lambda self: {"forward": 1.2e-3})
-    here = replace(predictor(), device=resolve_device("cpu").id, sentinel={"forward": 1e-3})
+    monkeypatch.setattr(DeviceStopwatch, "sentinel", lambda self: 1.2e-3)
+    here = replace(predictor(), device=resolve_device("cpu").id, sentinel=1e-3)
     results = predicted(tmp_path / "here", source=PredictedLatency(here), budget="latency<=1s@cpu{seq=64}")
     assert {row["drift"] for row in results.data["finalists"]["rows"]} == {1.2}
     (figure,) = results.data["finalists"]["figures"]

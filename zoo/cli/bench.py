@@ -16,7 +16,6 @@ from zoo.quantity import format_quantity
 
 if TYPE_CHECKING:
     from zoo.device import Device
-    from zoo.hardware.features import Phase
     from zoo.hardware.predictor import Predictor
     from zoo.train.bench import Listener
 
@@ -63,7 +62,7 @@ def bench_model(
         raise ZooError(f"cannot write {out}: there is no folder {out.parent}; make it first")
     with _live(spec.name or name) as progress:
         report = bench(spec, machine, request, profile=profile, predictor=predictor, progress=progress)
-    drift = {} if calibrated is None or report.interrupted else _drift(calibrated, machine)
+    drift = None if calibrated is None or report.interrupted else _drift(calibrated, machine)
     unit = "tokens" if fixed_tokens(spec.fill()) is None else "images"
     found = {
         "spec": spec.name or name,
@@ -89,8 +88,8 @@ def bench_model(
     return 130 if report.interrupted else 0
 
 
-def _drift(predictor: Predictor, machine: Device) -> dict[Phase, float]:
-    """How many times slower the machine is than when it was calibrated, by phase."""
+def _drift(predictor: Predictor, machine: Device) -> float | None:
+    """How many times slower the machine is than when it was calibrated."""
     from zoo.hardware.stopwatch import DeviceStopwatch
 
     return predictor.drift(DeviceStopwatch(machine).sentinel())
@@ -132,8 +131,9 @@ def _print(found: dict[str, Any], title: str) -> None:
         _print_predicted(rows, found["roofline"])
     failures = [f"{_called(row)}: {row['failure']}" for row in rows if row["failure"] is not None]
     interrupted = ["interrupted: what is missing was not measured"] if found["interrupted"] else []
-    drift = ", ".join(f"{phase} {factor:.2f} times as long" for phase, factor in found["drift"].items())
-    drifted = [f"for the same as when it was calibrated, the machine now takes {drift}"] if drift else []
+    drift = found["drift"]
+    said = f"for the same as when it was calibrated, the machine now takes {drift or 0:.2f} times as long"
+    drifted = [] if drift is None else [said]
     for line in (*found["notes"], *drifted, *failures, *interrupted):
         console().print(line)
 

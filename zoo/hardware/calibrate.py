@@ -22,7 +22,7 @@ import numpy as np
 
 from zoo.errors import ZooError
 from zoo.hardware.features import PHASES, Part, Phase, by_piece, features, summed
-from zoo.hardware.predictor import COUNTED, Predictor, slowdown
+from zoo.hardware.predictor import COUNTED, FORMAT, Predictor
 from zoo.hardware.profile import Profile
 from zoo.hardware.regression import Floats, Regression, Wholes, fit, slope
 from zoo.hardware.roofline import least_seconds
@@ -30,7 +30,7 @@ from zoo.hardware.samples import Sample, chosen, drawn, take
 from zoo.latency import Clock
 
 if TYPE_CHECKING:
-    from zoo.hardware.stopwatch import Reading, Readings, Sentinel, Stopwatch
+    from zoo.hardware.stopwatch import Reading, Readings, Stopwatch
 
 POOL = 400
 """Samples that the informative half is chosen from."""
@@ -42,7 +42,7 @@ GUESS = 1.5
 """How many times the roofline's seconds a forward pass is taken to last."""
 RUNS = 14
 """About how many forward passes timing a sample comes to, decoding included."""
-DRIFT = 0.2
+DRIFT = 0.3
 """The share by which the sentinel may differ from its median; what was timed then is timed again. What it differs less
 is taken out of the times, as far as these follow it."""
 TRIES = 3
@@ -82,7 +82,7 @@ class Timed:
     whole: Mapping[Phase, Row]
     modules: Mapping[Phase, Sequence[Row]]
     held: Mapping[Phase, Row]
-    sentinel: Mapping[Phase, float]
+    sentinel: float
     disturbed: bool
 
 
@@ -151,7 +151,8 @@ def calibrate(
 
     Raises `ZooError` where the sentinel, the same work between all others, says that the machine is too noisy.
     """
-    kept = Log(log, {"device": stopwatch.device.id, "profile": profile.name, "dtype": dtype, "zoo": version("zoo-nas")})
+    versions = {"format": str(FORMAT), "zoo": version("zoo-nas")}
+    kept = Log(log, {"device": stopwatch.device.id, "profile": profile.name, "dtype": dtype, **versions})
     groups = _groups(profile, dtype, pool, seed, {timed.key for timed in kept.timed})
     sentinels = [timed.sentinel for timed in kept.timed if not timed.disturbed]
     while kept.spent < seconds:
@@ -173,7 +174,7 @@ def calibrate(
     return fitted(kept.timed, profile, stopwatch.device.id, dtype, prior)
 
 
-def _timed(sample: Sample, readings: Readings, sentinel: Sentinel, disturbed: bool) -> Timed:
+def _timed(sample: Sample, readings: Readings, sentinel: float, disturbed: bool) -> Timed:
     parts = {phase: sample.parts(phase) for phase in readings}
     return Timed(
         sample.key,
@@ -254,13 +255,13 @@ def _groups(
 
 
 def _undisturbed(
-    stopwatch: Stopwatch, group: list[Sample], sentinels: Sequence[Mapping[Phase, float]]
-) -> tuple[list[Readings], Sentinel, bool]:
+    stopwatch: Stopwatch, group: list[Sample], sentinels: Sequence[float]
+) -> tuple[list[Readings], float, bool]:
     """The group's times, taken again while the sentinel says that the machine is not as it was."""
     attempts = []
     for _ in range(TRIES):
         found, sentinel = stopwatch.read(group)
-        times = [reading.seconds for readings in found for reading in readings.values()] + [*sentinel.values()]
+        times = [reading.seconds for readings in found for reading in readings.values()] + [sentinel]
         if not min(times) > 0:
             raise ZooError(f"the clock of {stopwatch.device} went wrong: a run took {min(times)} s")
         attempts.append((_deviation(sentinel, sentinels), found, sentinel))
@@ -270,39 +271,36 @@ def _undisturbed(
     return found, sentinel, deviation > DRIFT
 
 
-def _deviation(sentinel: Mapping[Phase, float], others: Sequence[Mapping[Phase, float]]) -> float:
-    """By what share the sentinel is faster or slower than usual, in the phase in which it is so most."""
-    factors = slowdown(sentinel, _usual(others or [sentinel]))
-    return max(max(factor, 1 / factor) for factor in factors.values()) - 1
-
-
-def _usual(sentinels: Sequence[Mapping[Phase, float]]) -> dict[Phase, float]:
-    return {phase: statistics.median(one[phase] for one in sentinels) for phase in sentinels[0]}
+def _deviation(sentinel: float, others: Sequence[float]) -> float:
+    """By what share the sentinel is faster or slower than usual."""
+    factor = sentinel / statistics.median(others or [sentinel])
+    return max(factor, 1 / factor) - 1
 
 
 def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior: Predictor | None = None) -> Predictor:
     """The predictor of what was timed; disturbed samples are left out, and errors are those of typical ones."""
     good = [item for item in timed if not item.disturbed]
     if len(timed) - len(good) > DISTURBED * len(timed):
-        slow = [item.sentinel["forward"] for item in timed]
+        slow = [item.sentinel for item in timed]
         raise ZooError(
             f"the machine is too noisy: the same work took from {min(slow) * 1e3:.3g} to {max(slow) * 1e3:.3g} ms, and "
             f"{len(timed) - len(good)} of {len(timed)} samples were disturbed; stop what else runs and calibrate again"
         )
-    usual = _usual([item.sentinel for item in good] or [timed[0].sentinel]) if timed else {}
+    if len(good) < FEWEST:
+        raise ZooError(f"{len(good)} samples are too few for a calibration, which needs {FEWEST}; give it more time")
+    usual = statistics.median(item.sentinel for item in good)
     regressions: dict[Phase, Regression] = {}
     memory: dict[Phase, Regression] = {}
     for phase in PHASES:
         mine = [item for item in good if phase in item.whole]
         if len(mine) >= FEWEST:
-            regressions[phase] = _regression(mine, phase, usual, _before(phase, prior, regressions))
+            drifts = np.array([item.sentinel for item in mine]) / usual
+            regressions[phase] = _regression(mine, phase, drifts, _before(phase, prior, regressions))
         held = [item.held[phase] for item in good if phase in item.held]
         if len(held) >= FEWEST:
             memory[phase] = fit(
                 _matrix([counts for counts, _ in held], [COUNTED]), [size for _, size in held], [COUNTED]
             )
-    if not regressions:
-        raise ZooError(f"{len(good)} samples are too few for a calibration, which needs {FEWEST}; give it more time")
     made = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "samples": str(len(good)),
@@ -320,13 +318,10 @@ def _before(phase: Phase, prior: Predictor | None, found: Mapping[Phase, Regress
     return found.get("forward") if phase == "train" else None
 
 
-def _regression(
-    timed: list[Timed], phase: Phase, usual: Mapping[Phase, float], before: Regression | None
-) -> Regression:
+def _regression(timed: list[Timed], phase: Phase, drifts: Floats, before: Regression | None) -> Regression:
     """The fit to times as they would be were the machine as fast as it usually was, as far as times follow the
     sentinel: where it strays by chance, less than all of its drift is in them.
     """
-    drifts = np.array([slowdown(item.sentinel, usual).get(phase, 1.0) for item in timed])
     found = _fit(timed, phase, drifts, before)
     followed = 1 + slope(np.log(drifts), np.log1p(found.errors))
     if followed < 1 and len(timed) >= FEWEST_FOLLOWED:

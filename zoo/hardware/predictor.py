@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from zoo.blocks.model import Spec
     from zoo.cost import Operator
 
-FORMAT = 3
-"""The version of the file."""
+FORMAT = 4
+"""The version of the file, and of the log of what it is fitted to."""
 COVERAGE = 0.9
 COUNTED = "counted"
 """What memory is a regression on: the bytes of `zoo.hardware.work.held_bytes`."""
@@ -80,7 +80,7 @@ class Predictor:
     device: str
     dtype: str
     regressions: Mapping[Phase, Regression]
-    sentinel: Mapping[Phase, float] = field(default_factory=dict)
+    sentinel: float | None = None
     made: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[Phase, Regression] = field(default_factory=dict)
 
@@ -119,9 +119,11 @@ class Predictor:
         """What a prediction is multiplied by to be a quantile of the measurements of such models."""
         return 1.0 if quantile == 0.5 else self._regression(phase).upper(quantile)
 
-    def drift(self, sentinel: Mapping[Phase, float]) -> dict[Phase, float]:
-        """How many times slower the machine is than when it was calibrated, by phase, by what the sentinel takes."""
-        return slowdown(sentinel, self.sentinel)
+    def drift(self, sentinel: float) -> float | None:
+        """How many times slower the machine is than when it was calibrated, by what the sentinel takes now; None where
+        that is not known of then.
+        """
+        return None if self.sentinel is None else sentinel / self.sentinel
 
     def _regression(self, phase: Phase) -> Regression:
         if phase not in self.regressions:
@@ -182,7 +184,7 @@ class Predictor:
             "profile": self.profile.as_yaml(),
             "device": self.device,
             "dtype": self.dtype,
-            "sentinel": dict(self.sentinel),
+            "sentinel": self.sentinel,
             "made": dict(self.made),
             "phases": {phase: found.as_data() for phase, found in self.regressions.items()},
             "memory": {phase: found.as_data() for phase, found in self.memory.items()},
@@ -203,7 +205,7 @@ class Predictor:
                 dtype=str(data["dtype"]),
                 regressions={phase: Regression.from_data(found) for phase, found in data["phases"].items()},
                 memory={phase: Regression.from_data(found) for phase, found in data["memory"].items()},
-                sentinel={phase: float(data["sentinel"][phase]) for phase in PHASES if phase in data["sentinel"]},
+                sentinel=None if data["sentinel"] is None else float(data["sentinel"]),
                 made={str(key): str(value) for key, value in data["made"].items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -229,16 +231,6 @@ def _kinds(names: Iterable[str]) -> set[str]:
 
 def _without(piece: Piece, seen: set[str]) -> Piece:
     return piece._replace(operators=tuple(operator for operator in piece.operators if operator.kind in seen))
-
-
-def slowdown(sentinel: Mapping[Phase, float], usual: Mapping[Phase, float]) -> dict[Phase, float]:
-    """How many times longer the sentinel takes than usual, in each phase that both have; training is slow when a
-    forward pass is.
-    """
-    found: dict[Phase, float] = {phase: seconds / usual[phase] for phase, seconds in sentinel.items() if phase in usual}
-    if "forward" in found:
-        found["train"] = found["forward"]
-    return found
 
 
 def load_predictor(path: Path) -> Predictor:

@@ -54,8 +54,6 @@ class Reading(NamedTuple):
 
 
 Readings = dict[Phase, Reading]
-Sentinel = dict[Phase, float]
-"""Seconds of the sentinel by phase."""
 Training = Callable[[Sample], Case | None]
 """Makes a step of training a sample's model; None where nobody trains such models."""
 
@@ -65,16 +63,19 @@ class Stopwatch(Protocol):
 
     device: Device
 
-    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
-        """The medians of each sample by phase, and those of the sentinel, the same work each time."""
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
+        """The medians of each sample by phase, and the seconds of the sentinel, the same work each time."""
         ...
 
 
 class DeviceStopwatch:
-    """Times samples against each other: every round runs each case once, warm, and the sentinel.
+    """Times samples against each other: every round runs each case once, warm, with the sentinel before and behind it.
+
+    Times are as they would be were the machine as fast throughout as it is half of the time, as the sentinel has it.
 
     A sample is timed as it is and, by turns, with its modules timed, which takes a little longer. Of thorough samples
-    the memory is measured behind that and, where `training` makes steps of it, training is timed.
+    the memory is measured behind that and, where `training` makes steps of it, training is timed. `pace` is the
+    sentinel's forward pass, as `zoo.latency.measure` takes it.
     """
 
     def __init__(self, device: Device, training: Training | None = None, clock: Clock = time.perf_counter) -> None:
@@ -83,25 +84,16 @@ class DeviceStopwatch:
         self._clock = clock
         model = build(parse(SENTINEL), device=device.name).eval()
         with torch.inference_mode():
-            self._sentinel: dict[Phase, Case] = {
-                "forward": model.forward_case(1, SENTINEL_TOKENS),
-                "decode": model.decode_case(1, SENTINEL_TOKENS),
-            }
+            self.pace: Case = model.forward_case(1, SENTINEL_TOKENS)
 
-    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
+    def read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
         with kept_memory():
             return self._read(samples)
 
-    def sentinel(self) -> Sentinel:
-        """The sentinel by itself, to tell how fast the machine is now."""
+    def sentinel(self) -> float:
+        """Seconds of the sentinel by itself, to tell how fast the machine is now."""
         with kept_memory():
-            return self._medians(self._measured(self._sentinel_cases(), SENTINEL_RUNS))
-
-    def _sentinel_cases(self) -> dict[str, Case]:
-        return {f"sentinel {phase}": case for phase, case in self._sentinel.items()}
-
-    def _medians(self, found: Mapping[str, Timing]) -> Sentinel:
-        return {phase: _usual(found[f"sentinel {phase}"]) for phase in self._sentinel}
+            return _paced(self._measured({"sentinel": self.pace}, SENTINEL_RUNS))
 
     def _measured(self, cases: Mapping[str, Case], repeats: int, settle: float = SETTLE_SECONDS) -> dict[str, Timing]:
         return measure(
@@ -113,10 +105,11 @@ class DeviceStopwatch:
             max_seconds=MOST_SECONDS,
             settle=settle,
             clock=self._clock,
+            pace=self.pace,
         )
 
-    def _read(self, samples: Sequence[Sample]) -> tuple[list[Readings], Sentinel]:
-        cases = self._sentinel_cases()
+    def _read(self, samples: Sequence[Sample]) -> tuple[list[Readings], float]:
+        cases: dict[str, Case] = {}
         modules: dict[str, ModuleTimes] = {}
         models: list[Model] = []
         with torch.inference_mode(), pinned_threads(self.device.threads):
@@ -130,10 +123,14 @@ class DeviceStopwatch:
                     modules[name] = ModuleTimes(model, paths, self.device, self._clock)
                     cases[f"{name} in parts"] = modules[name].timed(cases[name])
         found = self._measured(cases, REPEATS)
+        pace = _paced(found)
 
         def reading(name: str) -> Reading:
-            medians = {path: statistics.median_low(times) for path, times in modules[name].seconds().items()}
-            return Reading(_usual(found[name]), medians)
+            in_parts = found[f"{name} in parts"]
+            usual = _usual(in_parts)
+            evened = _usual(in_parts.at(pace)) / usual if usual else 1.0
+            medians = {path: evened * statistics.median_low(times) for path, times in modules[name].seconds().items()}
+            return Reading(_usual(found[name].at(pace)), medians)
 
         readings: list[Readings] = [
             {phase: reading(f"{number} {phase}") for phase in sample.phases} for number, sample in enumerate(samples)
@@ -141,10 +138,10 @@ class DeviceStopwatch:
         with pinned_threads(self.device.threads):
             for sample, model, mine in zip(samples, models, readings, strict=True):
                 if sample.thorough:
-                    self._look_closer(sample, model, mine)
-        return readings, self._medians(found)
+                    self._look_closer(sample, model, mine, pace)
+        return readings, pace
 
-    def _look_closer(self, sample: Sample, model: Model, readings: Readings) -> None:
+    def _look_closer(self, sample: Sample, model: Model, readings: Readings, pace: float) -> None:
         """Add to a sample's readings what it holds of memory, and training."""
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         for phase in sample.phases:
@@ -155,7 +152,7 @@ class DeviceStopwatch:
             return
         case, held = self._held(partial(self._training, sample))
         if case is not None:
-            seconds = _usual(self._measured({"train": case}, TRAINING_RUNS, settle=0.0)["train"])
+            seconds = _usual(self._measured({"train": case}, TRAINING_RUNS, settle=0.0)["train"].at(pace))
             readings["train"] = Reading(seconds, {}, held)
 
     def _held(self, make: Callable[[], Case | None]) -> tuple[Case | None, int]:
@@ -169,6 +166,11 @@ class DeviceStopwatch:
 
         case, kept = kept_bytes(ready, self.device)
         return case, kept if case is None else kept + peak_bytes(case, self.device)
+
+
+def _paced(found: Mapping[str, Timing]) -> float:
+    """What the sentinel takes half of the time."""
+    return statistics.median(pace for timing in found.values() for pace in timing.paces)
 
 
 def _usual(timing: Timing) -> float:

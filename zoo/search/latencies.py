@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,10 +149,10 @@ class Drift:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        self._known: dict[tuple[str, str], Mapping[Any, float]] = {}
+        self._known: dict[tuple[str, str], float | None] = {}
 
-    def of(self, source: LatencySource, device: str, dtype: str, phase: Phase) -> float | None:
-        """The factor for a phase, None where the source does not predict by a calibration of this very machine."""
+    def of(self, source: LatencySource, device: str, dtype: str) -> float | None:
+        """The factor, None where the source does not predict by a calibration of this very machine."""
         if isinstance(source, Forecast):
             source = source.of(dtype)
         if not isinstance(source, PredictedLatency):
@@ -165,7 +164,7 @@ class Drift:
             from zoo.hardware.stopwatch import DeviceStopwatch
 
             self._known[device, dtype] = source.predictor.drift(DeviceStopwatch(place).sentinel())
-        return self._known[device, dtype].get(phase)
+        return self._known[device, dtype]
 
 
 def _built(spec: Any) -> Any:

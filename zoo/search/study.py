@@ -27,7 +27,7 @@ from zoo.search.evaluate import Evaluation, EvaluationError, Evaluator, TrainEva
 from zoo.search.finalists import FILE as FINALISTS
 from zoo.search.finalists import Finalist, chosen, finalists_text, load_finalists, measure_finalist, pending
 from zoo.search.latencies import Drift, Latencies, Latency, Measured, Origin, check_latency, origin
-from zoo.search.measure import Fitted, Meter, label, phase_of, resolved
+from zoo.search.measure import Fitted, Meter, label, resolved
 from zoo.search.objective import Objective, parse_objectives
 from zoo.search.repair import Repair
 from zoo.search.results import Results, Writer, facts_of, write_text
@@ -332,7 +332,7 @@ class _Search:
         for done, (trial, term) in enumerate(work, 1):
             self.listener.candidate(trial.number, "measuring", trial.shape, trial.metrics)
             device, source = term.device or self.settings.device, self.meter.source(term)
-            drift = self.drift.of(source, device, term.context.dtype or "float32", phase_of(term))
+            drift = self.drift.of(source, device, term.context.dtype or "float32")
             found = measure_finalist(trial, term, self.space.spec_at(trial.point), source, self.measured(device), drift)
             known[found.key] = found
             write_text(self.settings.out / FINALISTS, finalists_text(known.values()))
