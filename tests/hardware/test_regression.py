@@ -183,3 +183,11 @@ def test_wrong_measurements_are_errors() -> None:
 def test_times_without_variance_are_fitted() -> None:
     found = fit(np.ones((6, 3)), np.full(6, 0.5), NAMES)
     np.testing.assert_allclose(found.predict(np.ones((2, 3))), 0.5)
+
+
+@pytest.mark.parametrize("count", [19, 39, 59, 79])
+def test_ranks_that_are_whole_numbers_survive_rounding(count: int) -> None:
+    errors = np.arange(count) / 100
+    found = Regression(("a",), np.ones(1), np.zeros((1, 1)), errors)
+    tail = (count + 1) // 20
+    assert found.interval(0.9) == pytest.approx((1 + errors[tail - 1], 1 + errors[count - tail]))

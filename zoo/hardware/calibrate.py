@@ -171,7 +171,14 @@ def calibrate(
             max(clock() - start, 1e-9),
         )
         tell(Step(len(kept.timed), kept.spent, seconds, _deviation(sentinel, sentinels)))
+    if _too_noisy(kept.timed):
+        # The refusal that follows asks for another try, which begins anew.
+        log.unlink(missing_ok=True)
     return fitted(kept.timed, profile, stopwatch.device.id, dtype, prior)
+
+
+def _too_noisy(timed: Sequence[Timed]) -> bool:
+    return sum(item.disturbed for item in timed) > DISTURBED * len(timed)
 
 
 def _timed(sample: Sample, readings: Readings, sentinel: float, disturbed: bool) -> Timed:
@@ -280,7 +287,7 @@ def _deviation(sentinel: float, others: Sequence[float]) -> float:
 def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior: Predictor | None = None) -> Predictor:
     """The predictor of what was timed; disturbed samples are left out, and errors are those of typical ones."""
     good = [item for item in timed if not item.disturbed]
-    if len(timed) - len(good) > DISTURBED * len(timed):
+    if _too_noisy(timed):
         slow = [item.sentinel for item in timed]
         raise ZooError(
             f"the machine is too noisy: the same work took from {min(slow) * 1e3:.3g} to {max(slow) * 1e3:.3g} ms, and "

@@ -208,7 +208,7 @@ class Predictor:
                 sentinel=None if data["sentinel"] is None else float(data["sentinel"]),
                 made={str(key): str(value) for key, value in data["made"].items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ZooError(f"{file}: not a calibration ({error!r}); `zoo device calibrate` makes one") from None
 
     def save(self, path: Path) -> Path:

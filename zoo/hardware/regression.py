@@ -36,6 +36,8 @@ FEWEST_GROWN = 30
 """Measurements, or wholes, from which on a growth is looked for."""
 MOST_GROWTH = 0.5
 """The power beyond which a growth is none of caches but of a wrong sum."""
+ROUNDING = 1e-9
+"""What a rank may be off by, as `(1 - 0.9) / 2` is off from 0.05."""
 LEAST_NOISE = 1e-4
 """Relative deviations below this are no outliers, however small all others are."""
 
@@ -102,19 +104,19 @@ class Regression:
         """
         if not 0 < coverage < 1:
             raise ZooError(f"a coverage lies between 0 and 1, found {coverage}")
-        rank = math.ceil((len(self.errors) + 1) * coverage)
+        rank = math.ceil((len(self.errors) + 1) * coverage - ROUNDING)
         return math.inf if rank > len(self.errors) else float(np.sort(np.abs(self.errors))[rank - 1])
 
     def upper(self, quantile: float) -> float:
         """The factor on a prediction below which a share `quantile` of new measurements lies."""
         if not 0 < quantile < 1:
             raise ZooError(f"a quantile lies between 0 and 1, found {quantile}")
-        rank = math.ceil((len(self.errors) + 1) * quantile)
+        rank = math.ceil((len(self.errors) + 1) * quantile - ROUNDING)
         return math.inf if rank > len(self.errors) else 1 + float(np.sort(self.errors)[rank - 1])
 
     def lower(self, quantile: float) -> float:
         """The factor on a prediction above which a share `1 - quantile` of new measurements lies; 0 where unknown."""
-        rank = math.floor((len(self.errors) + 1) * quantile)
+        rank = math.floor((len(self.errors) + 1) * quantile + ROUNDING)
         return 0.0 if rank < 1 else 1 + float(np.sort(self.errors)[rank - 1])
 
     def interval(self, coverage: float) -> tuple[float, float]:
