@@ -245,18 +245,17 @@ def finalists(source: PredictedLatency, measured: Undisturbed, rng: random.Rando
     bound = float(np.median(list(upper.values())))
     passing = sorted((spec for spec in pool if upper[spec.hash] <= bound), key=lambda spec: -upper[spec.hash])
     took = [measured.seconds(spec, context, "forward") for spec in passing[:FINALISTS]]
+    (within, beyond), (evenly_within, evenly_beyond) = (
+        (sum(each <= bound for each in times), sum(each > 1.1 * bound for each in times))
+        for times in zip(*took, strict=True)
+    )
     what = f"of {FINALISTS} finalists of latency<={bound * 1e3:.3g}ms@cpu{{quantile=0.9}}, "
-    rows: list[dict[str, Any]] = []
-    for index, speed in enumerate(("", " at the speed of the calibration")):
-        within = sum(times[index] <= bound for times in took)
-        beyond = sum(times[index] > 1.1 * bound for times in took)
-        asked = [(f"{what}within the bound{speed}", within, 17, within >= 17)]
-        asked.append((f"{what}beyond 1.1 of it{speed}", beyond, 0, beyond == 0))
-        for name, found, required, met in asked:
-            rows.append(
-                told(name, found) if speed else {"what": name, "found": found, "required": required, "met": met}
-            )
-    return rows
+    return [
+        {"what": f"{what}within the bound", "found": within, "required": 17, "met": within >= 17},
+        {"what": f"{what}beyond 1.1 of it", "found": beyond, "required": 0, "met": beyond == 0},
+        told(f"{what}at the speed of the calibration within the bound", evenly_within),
+        told(f"{what}at the speed of the calibration beyond 1.1 of it", evenly_beyond),
+    ]
 
 
 def main() -> None:

@@ -62,7 +62,9 @@ def tried(name: str, count: int, prior: Regression | None = None) -> tuple[float
         found = fit(features[seen], times[seen], NAMES, prior=prior)
         predicted = found.predict(features[unseen])
         errors.append(100 * np.mean(np.abs(predicted / times[unseen] - 1)))
-        covered.append(100 * np.mean(np.abs(times[unseen] / predicted - 1) <= found.spread(0.9)))
+        low, high = found.interval(0.9, predicted)
+        ratios = times[unseen] / predicted
+        covered.append(100 * np.mean((low <= ratios) & (ratios <= high)))
     return float(np.mean(errors)), float(np.mean(covered))
 
 

@@ -61,11 +61,11 @@ def latencies(space: Space) -> dict[str, Extra]:
     pieces = [piece for spec in specs for part in parts_of(spec, Workload(), "forward") for piece in part]
     kinds = sorted({operator.kind for piece in pieces for operator in piece.operators})
     names = tuple(f"{kind}.{what}" for kind in kinds for what in ("flops", "calls"))
-    known = Regression(names, np.full(len(names), 1e-15), np.eye(len(names)), np.linspace(-0.1, 0.1, 41))
+    known = Regression(names, np.full(len(names), 1e-15), np.eye(len(names)), np.linspace(-0.1, 0.1, 41), np.ones(41))
     profile = load_profile("h100")
     sources = {
         "roofline": RooflineLatency(profile),
-        "predictor": PredictedLatency(Predictor(profile, "0" * 12, "float32", {"forward": known})),
+        "predictor": PredictedLatency(Predictor(profile, "0" * 12, "float32", {"forward": known}, {"forward": 8e6})),
     }
     found = {name: from_parts(source, "float32", "forward", 0.5) for name, source in sources.items()}
     return {name: seconds for name, seconds in found.items() if seconds is not None}

@@ -98,6 +98,11 @@ def weight_bits(format: str) -> int:
     return 8 * ELEMENT_BYTES[name]
 
 
+def weight_bytes(format: str) -> float:
+    """Bytes of a weight of a matrix, its part of a scale included."""
+    return weight_bits(format) / 8 + (SCALE_BYTES / GROUP if _is_integer(format) else 0.0)
+
+
 def is_quantised(parameter: Parameter) -> bool:
     """Whether an integer format applies to a parameter: matrices and tables."""
     return len(parameter.axes) > 1 and (parameter.decay or parameter.embedding)
@@ -109,8 +114,7 @@ def quantised_traffic(spec: Spec, work: Workload, format: str) -> float:
     spec = spec.fill()
     costs = [place.cost(decoding=True) for place in places(spec, work)]
     read = sum(piece.weights * piece.calls for cost in costs for piece in cost.operators)
-    per_weight = weight_bits(format) / 8 + (SCALE_BYTES / GROUP if _is_integer(format) else 0.0)
-    return sum(cost.traffic for cost in costs) - read * (1 - per_weight / work.element_bytes)
+    return sum(cost.traffic for cost in costs) - read * (1 - weight_bytes(format) / work.element_bytes)
 
 
 def state_by_tensor(spec: Spec, work: Workload | None = None) -> dict[str, int]:

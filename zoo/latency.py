@@ -33,6 +33,7 @@ SpecT_contra = TypeVar("SpecT_contra", contravariant=True)
 _MOST_ROUNDS = 50
 _FEWEST_ROUNDS = 2
 _MOST_SETTLING = 1000
+_LONG = 1.0
 _CONFIDENT = 1.645
 
 
@@ -106,7 +107,8 @@ def measure(
     (ABBA), so that drift of the machine meets all cases alike. There are at least `repeats` rounds, more until each
     case has run for `min_seconds` (up to 50 times `repeats`), fewer (but two) if one has run for `max_seconds`. Where
     `settle` is above zero, untimed runs of the same case for that many seconds, one at least, come before each timed
-    one, so that caches hold what they hold for a model that runs alone.
+    one, so that caches hold what they hold for a model that runs alone; but for a case that takes over a second, which
+    sees to that itself.
 
     `pace`, if given, is short work that is timed between all others, warm: what it takes before and behind a run, as
     the geometric mean, says how fast the machine was meanwhile. On a shared machine whose speed changes by a quarter
@@ -122,12 +124,13 @@ def measure(
     run = _timer(device, clock)
     runs: dict[str, list[float]] = {name: [] for name in cases}
     paces: dict[str, list[float]] = {name: [] for name in cases}
-    spent = dict.fromkeys(cases, 0.0)
+    spent, last = dict.fromkeys(cases, 0.0), dict.fromkeys(cases, 0.0)
     with torch.inference_mode(), pinned_threads(threads or device.threads), _without_garbage_collection():
-        for case in cases.values():
+        for name, case in cases.items():
             warming = 0.0
             for _ in range(warmup):
-                warming += run(case)
+                last[name] = run(case)
+                warming += last[name]
                 if warming >= max_seconds:
                     break
         rounds, before = 0, _warm(run, pace)
@@ -136,8 +139,9 @@ def measure(
             and (rounds < repeats or (min(spent.values()) < min_seconds and rounds < _MOST_ROUNDS * repeats))
         ):
             for name in cases if rounds % 2 == 0 else reversed(list(cases)):
-                _settled(run, cases[name], settle)
-                seconds = run(cases[name])
+                if last[name] < _LONG:
+                    _settled(run, cases[name], settle)
+                seconds = last[name] = run(cases[name])
                 runs[name].append(seconds)
                 spent[name] += seconds
                 if pace is not None:

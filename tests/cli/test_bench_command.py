@@ -92,6 +92,7 @@ def test_a_classifier_has_no_decoding(
         (["--roofline", "h10"], "did you mean 'h100'?"),
         (["--predict", "--threads", "3"], "`zoo device calibrate"),
         (["--out", "missing/figures.json"], "there is no folder missing"),
+        (["--out", "."], "it is a folder"),
     ],
 )
 def test_mistakes(
@@ -121,20 +122,21 @@ def test_a_calibration_is_held_against_what_is_measured_and_the_machine_against_
 
     device = resolve_device("cpu", 1)
     names = tuple(features(parts_of(load(folder / "spec.yaml"), Workload(1, 16, 8), "decode"), "decode"))
-    found = Regression(names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-0.1, 0.1, 41))
-    Predictor(load_profile("h100"), device.id, "float32", {"decode": found}, 1e-3).save(
+    found = Regression(names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-0.1, 0.1, 41), np.ones(41))
+    Predictor(load_profile("h100"), device.id, "float32", {"decode": found}, {"decode": 1e6}, 1e-3).save(
         calibration_path(device, "float32")
     )
     monkeypatch.setattr(DeviceStopwatch, "sentinel", lambda self: 1.25e-3)
     asked = ("--phases", "decode", "--past", "8", "--predict")
-    assert run(monkeypatch, "spec.yaml", *QUICK, *asked) == 0
-    assert "as when it was calibrated, the machine now takes 1.25 times as long" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert run(monkeypatch, "spec.yaml", *QUICK, *asked, "--roofline", "raspberry-pi-4") == 0
+    out = str(capsys.readouterr().out)
+    assert "as when it was calibrated, the machine now takes 1.25 times as long" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
     assert run(monkeypatch, "spec.yaml", *QUICK, *asked, "--json") == 0
     data = json.loads(str(capsys.readouterr().out))
     assert data["drift"] == 1.25
-    assert data["rows"][0]["predicted"]["seconds"] > 0
+    found = data["rows"][0]["predicted"]
+    assert 0 < found["low"] < found["seconds"] < found["high"] and found["source"] == "predicted"
     calibration_path(device, "float32").unlink()
 
 

@@ -15,8 +15,10 @@ import pytest
 
 from tests.hardware.pretended import PROFILE, PretendedStopwatch
 from zoo.cli import main
+from zoo.device import resolve_device
 from zoo.hardware.calibrate import calibrate
 from zoo.hardware.predictor import load_predictor
+from zoo.hardware.store import calibration_path
 
 GOOD = "width: 64\nstem: {type: token, vocab: 256}\nbody: {layers: [{mixer: attention}]}\nhead: language_model\n"
 SPACE = GOOD.replace("mixer: attention", "mixer: {choice: [mamba2, attention]}")
@@ -177,7 +179,7 @@ def test_cost_counts(zoo: Runner) -> None:
     ran = zoo("cost", "gpt2", "--layers")
     assert ran.code == 0 and "124,439,808" in ran.out and "body.layers.11" in ran.out
     facts = zoo("cost", "gpt2", "--batch", "2", "--seq", "8", "--dtype", "bf16", "--json").json
-    assert facts["workload"] == {"batch": 2, "seq": 8, "past": 8, "dtype": "bf16"}
+    assert facts["workload"] == {"batch": 2, "seq": 8, "past": 8, "dtype": "bf16", "weights": "bf16"}
     assert facts["metrics"]["params"] == 124439808 == sum(part["params"] for part in facts["parts"])
     assert facts["metrics"]["weights"] == 2 * 124439808
 
@@ -205,9 +207,72 @@ def test_what_figures_are_made_of(zoo: Runner) -> None:
 def test_the_least_time_on_a_device_that_is_not_there(zoo: Runner) -> None:
     ran = zoo("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16")
     assert ran.code == 0 and "roofline" in ran.out and "decode" in ran.out
-    found = zoo("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16", "--json").json["roofline"]
+    asked = ("cost", "llama2-7b", "--roofline", "h100", "--dtype", "bf16", "--json")
+    found = zoo(*asked).json["roofline"]
     assert 4e-3 < found["decode"]["seconds"] < 8e-3 and found["decode"]["arithmetic"] == 0
+    assert sum(part["seconds"] for part in found["train"]["parts"]) == pytest.approx(found["train"]["seconds"])
     assert zoo("cost", "gpt2", "--roofline", "h10").err.startswith("error: unknown device 'h10'")
+    quantised = zoo(*asked, "--weights", "int4").json["roofline"]
+    assert 0.4 < quantised["decode"]["seconds"] / found["decode"]["seconds"] < 0.6
+    assert quantised["train"] == found["train"], "nobody trains weights in four bits"
+
+
+def test_layers_that_take_the_same_are_one_row(zoo: Runner) -> None:
+    rows = zoo("cost", "llama2-7b", "--device", "h100", "--dtype", "bf16").out.split("source")[-1].splitlines()
+    named = [line.split()[0] for line in rows if "roofline: " in line]
+    assert named == ["stem", "body.layers.0..31", "body.final_norm", "head"] * 3
+    assert "body.layers" not in zoo("cost", "llama2-7b", "--device", "h100", "--dtype", "bf16", "--no-layers").out
+
+
+def test_a_device_is_answered_for_by_the_best_that_is_known_of_it(
+    zoo: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "mine.yaml"
+    file.write_text(PROFILE.as_yaml())
+    for device in ("h100", str(file)):
+        found = zoo("cost", "tiny-bytes", "--device", device, "--json").json
+        assert found["roofline"]["forward"]["seconds"] > 0 and not found["predicted"]
+    missing = zoo("cost", "tiny-bytes", "--device", "cpu", "--threads", "2")
+    assert (
+        missing.code == 2 and "has no calibration in float32" in missing.err and "--measure times this" in missing.err
+    )
+    stopwatch = PretendedStopwatch()
+    stopwatch.device = resolve_device("cpu", 1)
+    made = calibrate(stopwatch, PROFILE, tmp_path / "log", seconds=40, clock=stopwatch.clock)
+    made.save(calibration_path(stopwatch.device, "float32"))
+    found = zoo("cost", "tiny-bytes", "--device", "cpu", "--threads", "1", "--json").json
+    assert found["predicted"][0]["seconds"] > 0 and not found["roofline"]
+    missing = zoo("cost", "tiny-bytes", "--predict", "--threads", "2")
+    assert missing.code == 2 and "it has one for --threads 1; `zoo device calibrate --threads 2`" in missing.err
+    listed, shown = zoo("device", "list").out, zoo("device", "show", "cpu", "--costs").out
+    assert "yours for --threads 1" in listed and "pretended" in listed
+    assert "memory, forward" in shown and "linear.flops" in shown and "standard error" in shown
+    costs = zoo("device", "show", "cpu", "--costs", "--json").json["calibrations"][0]["costs"]["forward"]
+    assert costs["linear.flops"][0] > costs["linear.flops"][1] >= 0
+    file = str(calibration_path(stopwatch.device, "float32"))
+    assert "calibrated in float32, not in bfloat16" in zoo("cost", "gpt2", "--device", file, "--dtype", "bf16").err
+    calibration_path(resolve_device("cpu", 2), "float32").write_text(json.dumps(made.as_data()))
+    assert "where that of cpu" in zoo("cost", "tiny-bytes", "--predict", "--threads", "2").err
+
+
+def test_a_model_that_does_not_fit_says_so(zoo: Runner, tmp_path: Path) -> None:
+    stopwatch = PretendedStopwatch()
+    made = calibrate(stopwatch, PROFILE, tmp_path / "log", seconds=40, clock=stopwatch.clock).save(tmp_path / "x.json")
+    assert "forward, decode, train: does not fit in the 10GB" in zoo("cost", "gpt3-175b", "--device", made).out
+    assert "times as long as any model that was timed there" in zoo("cost", "gpt3-175b", "--device", made).out
+    small = zoo("cost", "gpt2", "--device", made, "--seq", "32").out
+    assert "does not fit" not in small and "as long as any model" not in small
+
+
+def test_a_model_is_timed_part_by_part(zoo: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = ("cost", "tiny-bytes", "--seq", "16", "--measure", "--threads", "1", "--layers", "--json")
+    times = zoo(*asked).json["measured"]
+    for phase in ("forward", "decode"):
+        whole, *parts = [time for time in times if time["phase"] == phase]
+        assert whole["low"] <= whole["seconds"] <= whole["high"] and whole["source"] == "measured"
+        assert all(part["seconds"] > 0 and part["high"] is None for part in parts) and len(parts) > 3
 
 
 def test_predicted_times_say_where_they_come_from(zoo: Runner, tmp_path: Path) -> None:
@@ -234,7 +299,10 @@ def test_the_roofline_is_drawn_where_it_is_asked_for(zoo: Runner, tmp_path: Path
     assert "ridge 295" in "".join(lines) and all(line.isascii() and len(line) <= 80 for line in lines)
     file = tmp_path / "roofline.svg"
     assert zoo(*asked, "--svg", file, "--json").json["roofline"]["forward"]["seconds"] > 0
-    assert file.read_text().startswith("<svg") and "bfloat16 989TFLOP/s" in file.read_text()
+    plain = file.read_text()
+    assert plain.startswith("<svg") and "bfloat16 989TFLOP/s" in plain
+    assert zoo(*asked, "--svg", file, "--weights", "int4", "--json").json["workload"]["weights"] == "int4"
+    assert file.read_text() != plain and "weights in int4" in file.read_text()
 
 
 def test_the_least_time_on_a_mesh(zoo: Runner) -> None:
@@ -271,9 +339,12 @@ def test_a_device_is_calibrated_under_the_name_of_its_file(
 
 
 def test_devices_are_listed_shown_and_probed(zoo: Runner, tmp_path: Path) -> None:
-    assert "NVIDIA H200" in zoo("device", "list").out
-    assert {"a100", "h200"} < {row["name"] for row in zoo("device", "list", "--json").json}
+    zoo.monkeypatch.setenv("COLUMNS", "80")
+    listed = zoo("device", "list").out
+    assert "h200" in listed and "xeon-emerald-rapids" in listed and "…" not in listed
+    assert {"a100", "h200"} < {row["name"] for row in zoo("device", "list", "--json").json["devices"]}
     assert "bandwidth: 4.8TB" in zoo("device", "show", "h200").out
+    assert "did you mean 'h200'" in zoo("device", "show", "h20").err
     file = tmp_path / "here.yaml"
     ran = zoo("device", "probe", "--threads", "1", "--out", str(file))
     assert ran.code == 0 and "source: probed" in ran.out
@@ -310,9 +381,23 @@ def test_recorded_timings_are_printed_or_missed(zoo: Runner) -> None:
         (("cost", "gtp2"), "did you mean 'gpt2'?"),
         (("cost", "gpt2", "--dtype", "float23"), "did you mean 'float32'?"),
         (("cost", "gpt2", "--batch", "0"), "--batch"),
-        (("cost", "gpt2", "--svg", "x.svg"), "--svg is about the picture of a roofline; give --roofline DEVICE too"),
+        (
+            ("cost", "gpt2", "--svg", "x.svg"),
+            "--svg is about the picture of a roofline; give --device or --roofline too",
+        ),
         (("cost", "gpt2", "--roofline", "h100", "--plain", "--json"), "--plain is about the terminal"),
-        (("cost", "gpt2", "--roofline", "h100", "--svg", "/nope/x.svg"), "/nope/x.svg: No such file"),
+        (("cost", "gpt2", "--roofline", "h100", "--svg", "/nope/x.svg"), "there is no folder /nope; make it first"),
+        (("cost", "gpt2", "--roofline", "h100", "--svg", "/tmp"), "cannot write /tmp: it is a folder"),
+        (("device", "calibrate", "--out", "/tmp"), "cannot write /tmp: it is a folder"),
+        (("device", "probe", "--out", "/nope/x.yaml"), "there is no folder /nope; make it first"),
+        (("cost", "gpt2", "--device", "nonsense"), "unknown device 'nonsense'; known: "),
+        (("cost", "gpt2", "--device", "h20"), "did you mean 'h200'?"),
+        (("cost", "gpt2", "--device", ""), "unknown device ''"),
+        (("cost", "gpt2", "--device", "h100", "--threads", "4"), "--threads is about times on this machine"),
+        (("cost", "gpt2", "--threads", "1"), "--threads is about times on this machine"),
+        (("cost", "gpt2", "--device", "h100", "--roofline", "h200"), "--roofline names a device itself"),
+        (("cost", "gpt2", "--measure", "--weights", "int4"), "--weights int4 goes with counts"),
+        (("device", "show", "nonsense"), "unknown device 'nonsense'; known: a100, cpu, cuda, epyc"),
         (("cost", "gpt2", "--weights", "int9"), "unknown dtype 'int9' of weights; did you mean 'int8'?"),
         (("cost", "gpt2", "--mesh", "8"), "--mesh needs --device: a100"),
         (("cost", "gpt2", "--mesh", "8", "--device", "h100", "--measure"), "ask for one at a time"),

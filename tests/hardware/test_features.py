@@ -6,7 +6,7 @@ import pytest
 
 from zoo.accounting import Piece, Workload, places
 from zoo.cost import Cost
-from zoo.hardware.features import CACHE, LARGE, by_piece, features
+from zoo.hardware.features import LARGE, by_piece, cold, cold_share, features, moved, with_cold
 from zoo.hardware.work import parts_of
 from zoo.spec.document import load
 
@@ -20,7 +20,6 @@ def piece(cost: Cost, kind: str = "dense") -> Piece:
 def test_a_kind_has_its_own_terms_and_none_that_are_zero() -> None:
     scan = Cost(kind="scan", pointwise=7.0, traffic=5.0, steps=3.0)
     found = features([[piece(PRODUCT), piece(scan, "mamba")]])
-    cold = 35 / (35 + CACHE)
     assert found == pytest.approx(
         {
             "dense.modules": 1,
@@ -30,19 +29,14 @@ def test_a_kind_has_its_own_terms_and_none_that_are_zero() -> None:
             "linear.weights": 10,
             "linear.packed_weights": 10,
             "linear.outputs": 8,
-            "linear.cold_calls": cold,
-            "linear.cold_weights": 10 * cold,
-            "linear.cold_packed_weights": 10 * cold,
-            "linear.cold_inputs": 12 * cold,
             "mamba.modules": 1,
             "scan.calls": 1,
             "scan.pointwise": 7,
             "scan.inputs": 5,
             "scan.steps": 3,
-            "scan.cold_calls": cold,
-            "scan.cold_inputs": 5 * cold,
         }
     )
+    assert moved(found) == 35
 
 
 def test_training_counts_the_products_of_both_passes() -> None:
@@ -68,11 +62,19 @@ def test_operands_are_large_by_their_own_size_not_by_their_sum() -> None:
         assert all(found[f"a.{term}"] == 100 * size for term in terms)
 
 
-def test_half_of_a_part_that_moves_as_much_as_the_cache_holds_is_cold() -> None:
-    found = features([[piece(Cost(kind="a", traffic=CACHE, weights=64.0))]])
-    assert found["a.cold_calls"] == 0.5 and found["a.cold_weights"] == 32
-    warm = features([[piece(Cost(kind="a", traffic=CACHE / 2))], [piece(Cost(kind="a", traffic=CACHE / 2))]])
-    assert warm["a.cold_calls"] == pytest.approx(2 / 3), "parts are cold by what they move themselves"
+def test_half_of_a_model_that_moves_as_much_as_the_cache_holds_is_cold() -> None:
+    counts = features([[piece(PRODUCT)], [piece(PRODUCT)]])
+    assert [cold_share(moved(counts), cache) for cache in (60.0, 20.0, 180.0)] == pytest.approx([0.5, 0.9, 0.1])
+    half = with_cold(counts, 0.5)
+    assert counts.items() < half.items()
+    assert {name: amount for name, amount in half.items() if name not in counts} == {
+        "linear.cold_calls": 1,
+        "linear.cold_inputs": 12,
+        "linear.cold_weights": 10,
+        "linear.cold_packed_weights": 10,
+    }
+    assert all(cold(name) == f"linear.cold_{name[7:]}" for name in ("linear.calls", "linear.weights"))
+    assert cold("linear.flops") is cold("dense.modules") is None
 
 
 @pytest.mark.parametrize(("batch", "packed"), [(1, 0), (2, 1), (8, 1)])
@@ -81,7 +83,6 @@ def test_weights_are_packed_where_they_meet_several_rows(batch: int, packed: int
     found = features(parts_of(spec, Workload(batch, 64, 64), "decode"), "decode")
     assert found["linear.weights"] > 0
     assert found.get("linear.packed_weights", 0) == packed * found["linear.weights"]
-    assert found.get("linear.cold_packed_weights", 0) == packed * found["linear.cold_weights"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mamba2-130m", "mixer-b16"])

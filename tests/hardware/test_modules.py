@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,8 @@ from zoo.hardware.calibrate import rows
 from zoo.hardware.features import features, summed
 from zoo.hardware.modules import ModuleTimes
 from zoo.hardware.samples import Sample
-from zoo.hardware.stopwatch import DeviceStopwatch
+from zoo.hardware.stopwatch import DeviceStopwatch, Readings
+from zoo.latency import Case, Timing
 from zoo.model import build
 from zoo.spec.document import load, parse
 from zoo.train.bench import trainer
@@ -140,6 +143,29 @@ def test_a_device_reads_samples_and_their_modules(monkeypatch: pytest.MonkeyPatc
         whole = summed(counts for counts, _ in found)
         assert whole == pytest.approx(features(sample.parts(phase), phase))
         assert sum(seconds for _, seconds in found) == pytest.approx(sum(reading.modules.values()))
+
+
+def test_readings_are_as_if_the_sentinel_had_never_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Sample(load("tiny-bytes"), 1, 8, 4, True)
+
+    def read(*paces: float) -> Readings:
+        def measured(cases: Mapping[str, Case], **_: Any) -> dict[str, Timing]:
+            with torch.inference_mode():
+                for case in cases.values():
+                    case()
+            return dict.fromkeys(cases, Timing((2.0, 4.0, 4.0), paces))
+
+        monkeypatch.setattr(stopwatch, "measure", measured)
+        ticks = itertools.count()
+        (found,), pace = DeviceStopwatch(resolve_device("cpu", 1), clock=lambda: float(next(ticks))).read([sample])
+        assert pace == 3
+        return found
+
+    even, uneven = read(3.0, 3.0, 3.0), read(3.0, 6.0, 3.0)
+    for phase in sample.phases:
+        assert (even[phase].seconds, uneven[phase].seconds) == (4, 2)
+        assert any(even[phase].modules.values())
+        assert uneven[phase].modules == pytest.approx({path: time / 2 for path, time in even[phase].modules.items()})
 
 
 def test_a_thorough_sample_is_trained_and_its_memory_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zoo.accounting import Workload, metrics
 from zoo.errors import SpecError, ZooError
@@ -34,17 +36,17 @@ launch: 5us
 def test_shipped_devices_are_complete_and_say_where_their_figures_come_from(name: str) -> None:
     found = load_profile(name)
     assert found.name == name and found.title != name and found.sources
-    assert parse_profile(found.as_yaml()) == replace(found, sources=())
-    assert found.rate("bf16") >= found.rate("float32") > 1e9
+    assert parse_profile(found.as_yaml()) == found
+    assert found.rate("bf16") >= found.rate("float32") >= 2 * found.rate("float64") > 1e9
 
 
 def test_shipped_calibrations_are_those_of_shipped_devices() -> None:
     folder = Path(str(files("zoo.hardware"))) / "calibrations"
     found = [load_predictor(path) for path in sorted(folder.glob("*.json"))]
-    assert "xeon-emerald-rapids" in {predictor.profile.name for predictor in found}
+    assert "epyc-genoa" in {predictor.profile.name for predictor in found}
     for path, predictor in zip(sorted(folder.glob("*.json")), found, strict=True):
         profile = load_profile(predictor.profile.name)
-        assert predictor.profile == replace(profile, sources=()) and predictor.device == profile.fingerprint
+        assert predictor.profile == profile and predictor.device == profile.fingerprint
         assert path.stem == f"{profile.name}-{predictor.dtype}"
         assert {"forward", "decode", "train"} == predictor.regressions.keys() == predictor.memory.keys()
         figure = PredictedLatency(predictor).latency(load("tiny-bytes"), Context(1, 256, 256, predictor.dtype))
@@ -59,11 +61,20 @@ def test_a_file_of_ones_own_is_loaded(tmp_path: Path) -> None:
     assert (found.peak, found.bandwidth, found.launch, found.title) == ({"float32": 1e11}, 1e10, 5e-6, "mine")
 
 
-def test_a_dtype_without_a_rate_takes_the_wider_one() -> None:
+def test_a_dtype_without_a_rate_takes_that_of_float32() -> None:
     found = parse_profile(TEXT)
-    assert found.rate("bfloat16") == found.rate("fp16") == 1e11
-    with pytest.raises(ZooError, match="mine has no rate for int4; known: float32"):
-        found.rate("int4")
+    assert found.rate("bfloat16") == found.rate("fp16") == 1e11 and found.rate("float64") == 5e10
+    with pytest.raises(ZooError, match="unknown dtype 'flot32'; did you mean 'float32'"):
+        found.rate("flot32")
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Zl", "Zp")), min_size=1)
+
+
+@given(name=TEXTS, title=TEXTS, sources=st.lists(TEXTS))
+def test_every_text_survives_its_file(name: str, title: str, sources: list[str]) -> None:
+    found = replace(parse_profile(TEXT), name=name, title=title, sources=tuple(sources))
+    assert parse_profile(found.as_yaml()) == found
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,7 @@ def test_a_dtype_without_a_rate_takes_the_wider_one() -> None:
         (("kind: cpu", "kind: cda"), "3:7: kind: expected cpu or cuda; got 'cda'"),
         (("bandwidth", "bandwith"), "6:1: bandwith: unknown key 'bandwith' of a device; did you mean 'bandwidth'?"),
         (("memory: 8GB\n", ""), "memory: required"),
-        (("5us", "5"), "8:9: launch: '5' has no unit"),
+        (("5us", "5"), "8:9: launch: expected a number with a unit, a time such as 15ms or 200us; got 5"),
         (("5us", "0us"), "launch: expected a number above zero"),
         (("8GB", "8ms"), "7:9: memory: "),
         (("float32", "float16"), "peak: a rate for float32 is required"),
@@ -81,6 +92,10 @@ def test_a_dtype_without_a_rate_takes_the_wider_one() -> None:
         (("launch:", "link: 1TB\nlaunch:"), "link of 1TB and bandwidth of 10GB contradict each other"),
         (("{float32: 100GFLOP}", "100"), "peak: expected rates by dtype"),
         (("name: mine", "name: [a]"), "name: expected a text"),
+        (("10GB", "10"), "6:12: bandwidth: expected a number with a unit, a size such as 512MB or 2GiB; got 10"),
+        (("kind: cpu", "kind: cpu\nsources: a table"), "4:10: sources: expected a list of texts; got 'a table'"),
+        (("kind: cpu", "kind: cpu\nsources: [a, 1]"), "4:14: sources.1: expected a text; got 1"),
+        (("probed", "calibrated"), "source: expected published or probed; got 'calibrated'"),
     ],
 )
 def test_wrong_files_say_where(change: tuple[str, str], message: str) -> None:

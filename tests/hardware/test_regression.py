@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
-from zoo.hardware.regression import PROPORTIONAL, Growth, Regression, fit, without
+from zoo.hardware.regression import Regression, fit
 
 NAMES = ("launches", "flops", "bytes")
 TRUE = np.array([2e-6, 1e-10, 5e-10])
@@ -27,7 +27,7 @@ def test_exact_times_give_the_coefficients_back() -> None:
     features, seconds = measured(12, 0.0)
     found = fit(features, seconds, NAMES)
     np.testing.assert_allclose(found.coefficients, TRUE, rtol=1e-6)
-    assert found.error < 1e-6 and found.spread(0.9) < 1e-6
+    assert found.error < 1e-6 and found.interval(0.9) == pytest.approx((1, 1), abs=1e-6)
 
 
 @given(st.integers(0, 2**16), st.floats(1e-9, 1e9))
@@ -52,63 +52,57 @@ def test_outliers_hardly_matter() -> None:
     np.testing.assert_allclose(found.coefficients, TRUE, rtol=0.1)
 
 
-def grown(rows: int, power: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Work of very different sizes, which takes longer than its parts by a power of its size."""
-    rng = np.random.default_rng(seed)
-    features, seconds = measured(rows, 0.03, seed)
-    sizes = 10 ** rng.uniform(-1, 1, rows)
-    return features * sizes[:, None], seconds * sizes * (seconds * sizes / np.median(seconds)) ** power
-
-
-def test_what_grows_faster_than_its_parts_is_learned_behind_the_sum() -> None:
-    features, seconds = grown(120, 0.2)
-    found = fit(features[:60], seconds[:60], NAMES)
-    errors, sums = (np.abs(each(features[60:]) / seconds[60:] - 1).mean() for each in (found.predict, found.sums))
-    assert found.growth.power == pytest.approx(0.2, abs=0.03) and errors < 0.6 * sums
-    assert found.error == pytest.approx(errors, rel=0.3)
-    assert Regression.from_data(json.loads(json.dumps(found.as_data()))).growth == found.growth
-
-
-def test_a_growth_is_learned_only_where_it_helps_what_was_held_out() -> None:
-    for seed in range(5):
-        assert fit(*grown(60, 0.0, seed), NAMES).growth == PROPORTIONAL
-    assert fit(*grown(20, 0.2), NAMES).growth == PROPORTIONAL, "too few to tell"
-
-
-@given(st.floats(-0.4, 0.4), st.floats(1e-9, 1e9), st.floats(1.0, 1e6), st.floats(1e-12, 1e12))
-def test_a_growth_has_an_inverse_and_is_proportional_beyond_what_was_timed(
-    power: float, low: float, width: float, seconds: float
-) -> None:
-    growth = Growth(power, low, low, low * width)
-    assert growth.inverse(growth(seconds)) == pytest.approx(seconds)
-    assert growth(2 * seconds) > growth(seconds)
-    assert growth(low * width * 3) == pytest.approx(3 * growth(low * width))
-    assert growth(low / 3) == pytest.approx(low / 3)
-
-
-def test_a_growth_of_nothing_and_of_everything() -> None:
-    growth = Growth(0.1, 1e-3, 1e-4, 1e-2)
-    for end in (0.0, math.inf):
-        assert growth(end) == growth.inverse(end) == end
-    assert PROPORTIONAL(3.0) == PROPORTIONAL.inverse(3.0) == 3.0
-
-
 def test_intervals_cover_what_they_say() -> None:
     covered, below = [], []
     for seed in range(40):
         features, seconds = measured(80, 0.1, seed)
         found = fit(features[:40], seconds[:40], NAMES)
         ratio = seconds[40:] / found.predict(features[40:])
-        covered.append(np.mean(np.abs(ratio - 1) <= found.spread(0.8)))
+        low, high = found.interval(0.8)
+        covered.append(np.mean((low <= ratio) & (ratio <= high)))
         below.append(np.mean(ratio <= found.upper(0.9)))
     assert 0.76 < np.mean(covered) < 0.86 and 0.86 < np.mean(below) < 0.94
+
+
+def test_intervals_are_as_wide_as_errors_of_that_size_are() -> None:
+    rng = np.random.default_rng(0)
+    features, seconds = measured(400, 0.0)
+    sizes = 10 ** rng.uniform(-2, 2, 400)
+    noise = rng.normal(0, 0.05, 400)
+    sized = fit(features * sizes[:, None], seconds * sizes * (1 + noise * sizes**-0.3), NAMES)
+    power = sized.scale.power
+    assert -0.32 < power < -0.2
+    small, large = 0.05 * sized.scale.pivot, 20 * sized.scale.pivot
+    widths = [math.log(high / low) for low, high in (sized.interval(0.9, each) for each in (small, large))]
+    assert widths[0] / widths[1] == pytest.approx(400**-power)
+    assert sized.interval(0.9, 1e9) == sized.interval(0.9, sized.scale.high), "beyond what was timed as at its end"
+    low, high = sized.interval(0.9, sized.predicted)
+    held_out = 1 + sized.errors
+    for part in np.array_split(np.argsort(sized.predicted), 4):
+        assert 0.8 < np.mean((low <= held_out)[part] & (held_out <= high)[part]) < 0.98
+    alike = fit(features * sizes[:, None], seconds * sizes * (1 + noise), NAMES)
+    assert abs(alike.scale.power) < 0.05
+    assert fit(features[:20], (seconds * (1 + noise))[:20], NAMES).scale.power == 0, "too few to tell"
+
+
+@given(st.floats(-2, 2), st.floats(0.02, 0.98), st.integers(0, 99))
+def test_quantiles_are_above_zero_and_grow_with_what_is_predicted(power: float, quantile: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    predicted = 10 ** rng.uniform(-4, 0, 60)
+    errors = np.expm1(np.clip(rng.standard_t(3, 60) * 0.1 * (predicted / 1e-2) ** power, -1.5, 1.5))
+    found = Regression(("a",), np.ones(1), np.zeros((1, 1)), errors, predicted)
+    times = np.geomspace(1e-5, 10, 200)
+    quantiles = times * found.upper(quantile, times)
+    assert (quantiles > 0).all() and (np.diff(quantiles) > -1e-12 * quantiles[1:]).all()
 
 
 def test_too_few_measurements_for_a_coverage_say_nothing() -> None:
     features, seconds = measured(8, 0.1)
     found = fit(features, seconds, NAMES)
-    assert found.spread(0.95) == found.upper(0.95) == math.inf
-    assert found.spread(0.5) < math.inf
+    assert found.interval(0.95) == (0, math.inf) and found.upper(0.95) == math.inf
+    low, high = found.interval(0.8)
+    assert high == pytest.approx(1 / low) == pytest.approx(np.exp(np.abs(np.log1p(found.errors)).max()))
+    assert found.upper(0.5) < math.inf
 
 
 def test_a_prior_from_a_device_of_another_speed_helps_with_few_measurements() -> None:
@@ -133,13 +127,12 @@ def test_a_feature_that_never_occurs_keeps_the_priors_cost() -> None:
     found = fit(features, seconds, NAMES, prior=prior)
     np.testing.assert_allclose(found.coefficients, TRUE, rtol=1e-4)
     assert fit(features, seconds, NAMES).coefficients[1] == 0
-    assert without(found, "flops").coefficients.tolist() == [found.coefficients[0], 0.0, found.coefficients[2]]
 
 
 def test_it_survives_json() -> None:
     found = fit(*measured(12, 0.1), NAMES)
     again = Regression.from_data(json.loads(json.dumps(found.as_data())))
-    assert again.as_data() == found.as_data() and again.spread(0.8) == pytest.approx(found.spread(0.8), rel=1e-5)
+    assert again.as_data() == found.as_data() and again.interval(0.8) == pytest.approx(found.interval(0.8), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +142,15 @@ def test_it_survives_json() -> None:
         ({"coefficients": [1.0, -1.0, 0.0]}, "not negative"),
         ({"coefficients": [1.0, float("nan"), 0.0]}, "finite"),
         ({"covariance": [[1.0]]}, "3 costs above zero whose covariance has other sizes"),
-        ({"growth": {"power": -2.0, "pivot": 1.0, "low": 1.0, "high": 1.0}}, "times grow with the sums"),
-        ({"growth": {"power": 1.0}}, "no regression"),
         ({"errors": ["?"]}, "no regression"),
+        ({"predicted": [1.0]}, "other sizes"),
+        ({"predicted": [0.0] * 12}, "above zero"),
+        ({"errors": [], "predicted": []}, "two measurements"),
+        ({"covariance": [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0]]}, "no variance is below zero"),
+        ({"covariance": [[float("nan")] * 3] * 3}, "finite"),
+        ({"errors": [0.1] * 11 + [-1.0]}, "above -1"),
+        ({"errors": [0.1] * 11 + [float("nan")]}, "above -1"),
+        ({"names": ["a", "b", "a"]}, "has a twice"),
         ({"shrinkage": "much"}, "no regression"),
     ],
 )
@@ -188,6 +187,6 @@ def test_times_without_variance_are_fitted() -> None:
 @pytest.mark.parametrize("count", [19, 39, 59, 79])
 def test_ranks_that_are_whole_numbers_survive_rounding(count: int) -> None:
     errors = np.arange(count) / 100
-    found = Regression(("a",), np.ones(1), np.zeros((1, 1)), errors)
+    found = Regression(("a",), np.ones(1), np.zeros((1, 1)), errors, np.ones(count))
     tail = (count + 1) // 20
     assert found.interval(0.9) == pytest.approx((1 + errors[tail - 1], 1 + errors[count - tail]))

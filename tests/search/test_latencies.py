@@ -18,33 +18,36 @@ from test_report import report
 from zoo.accounting import Workload
 from zoo.device import resolve_device
 from zoo.errors import InfeasibleError, ZooError
+from zoo.hardware.features import cold_share, features, summed, with_cold
 from zoo.hardware.predictor import PredictedLatency, Predictor
 from zoo.hardware.profile import load_profile
-from zoo.hardware.regression import PROPORTIONAL, Growth, Regression
+from zoo.hardware.regression import Regression
 from zoo.hardware.roofline import roofline
 from zoo.hardware.work import parts_of
 from zoo.latency import Context, LatencyFigure, LatencySource, Phase
 from zoo.search.budget import Budget, latency_device
 from zoo.search.finalists import FILE, load_finalists
-from zoo.search.latencies import Forecast, Latencies
+from zoo.search.latencies import Forecast, Latencies, from_parts
 from zoo.search.repair import Repair, label, workload
 from zoo.search.results import Results, write_results
 from zoo.search.study import SearchListener, SearchSettings, run_search
-from zoo.search.table import CostTable, Extra
+from zoo.search.table import CostTable
 
 BUDGET = "latency<=2.2ms@cpu{seq=64,quantile=0.9}"
 
 
-def predictor(date: str = "2026-11-26", errors: float = 0.1, growth: Growth = PROPORTIONAL) -> Predictor:
-    """A nanosecond for each floating-point operation of every kind of operator in the small space."""
+def predictor(date: str = "2026-11-26", errors: float = 0.1, chill: float = 0.0) -> Predictor:
+    """A nanosecond for each floating-point operation of every kind of operator in the small space, and `chill` times as
+    much for each byte of weights that is cold, half of those of a model that moves a megabyte.
+    """
     specs = [fakes.tiny().spec_at(point) for point in fakes.tiny().homogeneous().values()]
-    pieces = [piece for spec in specs for part in parts_of(spec, Workload(1, 64), "forward") for piece in part]
-    kinds = sorted({operator.kind for piece in pieces for operator in piece.operators})
-    names = tuple(f"{kind}.flops" for kind in kinds)
-    found = Regression(
-        names, np.full(len(names), 1e-9), np.eye(len(names)), np.linspace(-errors, errors, 41), 0.0, growth
+    counts = summed(features(parts_of(spec, Workload(1, 64), "forward")) for spec in specs)
+    names = tuple(with_cold(counts, 1.0))
+    costs = [1e-9 * (name.endswith(".flops") + chill * name.endswith(".cold_weights")) for name in names]
+    found = Regression(names, np.array(costs), np.eye(len(names)), np.linspace(-errors, errors, 41), np.ones(41))
+    return Predictor(
+        load_profile("h100"), "0123456789ab", "float32", {"forward": found}, {"forward": 1e6}, made={"date": date}
     )
-    return Predictor(load_profile("h100"), "0123456789ab", "float32", {"forward": found}, made={"date": date})
 
 
 class Guess:
@@ -207,9 +210,9 @@ def test_a_search_is_not_continued_with_other_latencies(tmp_path: Path, changed:
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("growth", [PROPORTIONAL, Growth(0.3, 5e-4, 1e-4, 1e-2), Growth(-0.2, 5e-3, 1e-3, 1e-2)])
-def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path, growth: Growth) -> None:
-    source = PredictedLatency(predictor(growth=growth))
+@pytest.mark.parametrize("chill", [0.0, 3.0])
+def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path, chill: float) -> None:
+    source = PredictedLatency(predictor(chill=chill))
     results = predicted(tmp_path / "run", source=source, trials=10)
     (name,) = results.data["latency"]
     space = fakes.tiny()
@@ -220,24 +223,25 @@ def test_candidates_meet_what_a_calibration_predicts(tmp_path: Path, growth: Gro
     assert all(trial.trained and not trial.also_seen for trial in results.trials)
 
 
-@pytest.mark.parametrize("growth", [Growth(0.3, 5e-4, 1e-4, 1e-2), Growth(-0.2, 5e-3, 1e-3, 1e-2)])
-def test_what_grows_behind_the_sum_is_repaired_as_the_sum_that_it_allows(growth: Growth) -> None:
-    space, seconds = fakes.tiny(), predictor().estimator("forward")
-    changed = 0
-
-    def repair(bound: float, extra: Extra) -> Repair:
-        (term,) = Budget.parse(f"latency<={bound!r}s@cpu{{seq=64}}").terms
-        work = workload(term)
-        return Repair(space, {work: CostTable(space, work, {label(term): extra})}, Budget((term,)))
-
-    grown = repair(2.2e-3, Extra(seconds, growth, growth.inverse))
-    plain = repair(growth.inverse(2.2e-3), Extra(seconds))
+def test_models_are_repaired_to_a_time_that_is_no_sum_over_their_parts() -> None:
+    space, source = fakes.tiny(), PredictedLatency(predictor(chill=3.0))
+    seconds = from_parts(source, "float32", "forward", 0.5)
+    assert seconds is not None
+    (term,) = Budget.parse("latency<=2ms@cpu{seq=64}").terms
+    work = workload(term)
+    costs = CostTable(space, work, {label(term): seconds})
+    repair = Repair(space, {work: costs}, Budget((term,)))
+    changed, cold = 0, set()
     for seed in range(12):
         proposal = space.sample(random.Random(seed))
-        found = grown(proposal, random.Random(seed))
-        assert found == plain(proposal, random.Random(seed)) is not None
+        found = repair(proposal, random.Random(seed))
+        assert found is not None
+        figure = source.latency(space.spec_at(found), Context(1, 64, 64))
+        assert figure.seconds == pytest.approx((costs.figures(found) or {})[label(term)]) and figure.seconds <= 2e-3
         changed += found != proposal
-    assert 0 < changed < 12
+        moved = source.predictor.counted(parts_of(space.spec_at(found), work, "forward"), "forward")[0].moved
+        cold.add(round(cold_share(moved, 1e6), 1))
+    assert 0 < changed < 12 and len(cold) > 2
 
 
 def test_a_latency_that_no_candidate_is_predicted_to_meet_ends_the_search_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.accounting import Workload, metrics, places
+from zoo.accounting import Place, Workload, metrics, places
 from zoo.errors import SpecError, ZooError
 from zoo.search import table
 from zoo.search.budget import METRICS
@@ -51,9 +51,11 @@ def test_figures_are_those_of_the_whole_spec(name: str, work: Workload) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_extra_figures_follow_from_sums_over_the_parts(name: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     extras = {
-        "seconds": Extra(lambda place: place.component.cost(place.scope, place.tokens).traffic / 3e9),
+        "seconds": Extra(lambda place: (place.component.cost(place.scope, place.tokens).traffic / 3e9,)),
         "mixers": Extra(
-            lambda place: float(hasattr(place.component, "mixer")), lambda total: 2 * total, lambda f: f / 2
+            lambda place: (float(hasattr(place.component, "mixer")), 1.0),
+            lambda sums: 2 * sums[..., 0] * sums[..., 1] ** 2,
+            ((1.0, 0.0), (0.0, 1.0)),
         ),
     }
     if whole:
@@ -66,12 +68,39 @@ def test_extra_figures_follow_from_sums_over_the_parts(name: str, whole: bool, m
         if expected is not None:
             parts = list(places(space.spec_at(point).fill(), work))
             expected |= {
-                "seconds": sum(map(extras["seconds"].part, parts)),
-                "mixers": 2 * sum(map(extras["mixers"].part, parts)),
+                "seconds": sum(extras["seconds"].part(place)[0] for place in parts),
+                "mixers": 2 * sum(extras["mixers"].part(place)[0] for place in parts) * len(parts) ** 2,
             }
         assert costs.figures(point) == expected
-    low, high = costs.range_of("seconds")
-    assert 0 < low <= high
+    for name in extras:
+        low, high = costs.range_of(name)
+        assert 0 < low <= high
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_extremes_of_a_figure_that_is_no_sum_are_those_of_all_points(seed: int) -> None:
+    """Layers are cheap while little is moved and dear when much is, so that which is best hangs on all others."""
+    mixers = ("attention", "mamba2", "linear_attention", "pooling")
+    space = Space.parse(
+        "width: 64\nstem: {type: token, vocab: 256}\nhead: language_model\n"
+        f"body: {{layers: {{repeat: 4, of: {{mixer: {{choice: [{', '.join(mixers)}]}}}}}}}}\n"
+    )
+    rng = np.random.default_rng(seed)
+    sums = {name: tuple(rng.uniform(0, 1, 3) * (1e-3, 3e-3, 1e6)) for name in mixers}
+
+    def part(place: Place) -> tuple[float, ...]:
+        mixer = getattr(place.component, "mixer", None)
+        return sums[mixer.type] if mixer is not None else (1e-4, 0.0, 1e5)
+
+    def whole(sums: np.ndarray) -> np.ndarray:
+        warm, chill, moved = np.moveaxis(sums, -1, 0)
+        return warm + chill * moved**2 / (moved**2 + 4e12)
+
+    views = [(0.0, 0.0, 1.0), *((1.0, share, 0.0) for share in (0.0, 0.5, 1.0))]
+    costs = CostTable(space, Workload(), {"time": Extra(part, whole, views)})
+    every = [(costs.figures(point) or {})["time"] for point in spaces.points(space)]
+    assert len(every) == len(mixers) ** 4
+    assert costs.range_of("time") == pytest.approx((min(every), max(every)))
 
 
 @settings(max_examples=40)
@@ -93,7 +122,7 @@ def test_figures_of_many_points(whole: bool, monkeypatch: pytest.MonkeyPatch) ->
     if whole:
         monkeypatch.setattr(table, "_hands_on", lambda place: False)
     space = spaces.real()["shared"]
-    costs = CostTable(space, Workload(), {"parts": Extra(lambda place: 1.0)})
+    costs = CostTable(space, Workload(), {"parts": Extra(lambda place: (1.0,))})
     rng = random.Random(0)
     points = [space.sample(rng) for _ in range(30)]
     found = costs.figures_of(points)
@@ -106,7 +135,7 @@ def test_figures_of_many_points(whole: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_extra_figure_may_not_hide_another() -> None:
     with pytest.raises(ZooError, match="may not be called 'flops'"):
-        CostTable(spaces.hybrid(), Workload(), {"flops": Extra(lambda place: 0.0)})
+        CostTable(spaces.hybrid(), Workload(), {"flops": Extra(lambda place: (0.0,))})
 
 
 def test_figures_all_over_a_space() -> None:

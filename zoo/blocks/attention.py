@@ -296,9 +296,17 @@ class Attention(HeadMixer):
             peak=peak,
             forward_extra=peak,
             backward_extra=moved + 2 * scores,
-            kind="attention" if whole else "window_attention",
-            spared=work.causal_spared(call.tokens) if whole and self.plain(call) else 0.0,
+            kind=self.kind(whole),
+            spared=work.causal_spared(call.tokens) if self.plain(call) else 0.0,
         )
+
+    def kind(self, whole: bool) -> str:
+        """What tells how fast this product is: what is laid on the scores, and whether all of them are there."""
+        if self.softcap is not None:
+            return "capped_attention"
+        if self.place.slopes(self.sizes[0]) is not None:
+            return "biased_attention"
+        return "attention" if whole else "window_attention"
 
     def plain(self, call: Call) -> bool:
         """Whether the product is causal with no other rule, which PyTorch computes without most of the hidden keys."""

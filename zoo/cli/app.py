@@ -110,29 +110,36 @@ def cost(
     seq: Seq = None,
     past: Past = None,
     dtype: Dtype = "float32",
-    layers: Annotated[bool, typer.Option(help="A row for each part of the model.")] = False,
-    predict: Annotated[
-        bool, typer.Option(help="Also the time on --device that its calibration predicts; nothing is built.")
-    ] = False,
-    measure: Annotated[bool, typer.Option(help="Also build the model and time it on --device.")] = False,
+    layers: Annotated[
+        bool | None,
+        typer.Option("--layers/--no-layers", help="A row for each part of the model; by default where it is timed."),
+    ] = None,
     device: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="For --measure and --predict cpu, cuda or cuda:N; for --mesh one of `zoo device list`, or a file."
+            help="Also the time there: cpu, cuda or cuda:N, one of `zoo device list`, or a file. Predicted where it is "
+            "calibrated, else bounded by its roofline, unless the options below say."
         ),
-    ] = "cpu",
+    ] = None,
+    predict: Annotated[
+        bool, typer.Option(help="The time on --device, or cpu, that its calibration predicts; nothing is built.")
+    ] = False,
+    measure: Annotated[bool, typer.Option(help="Build the model and time it on --device, or cpu.")] = False,
+    threads: Threads = None,
     roofline: Annotated[
         str | None, typer.Option(help="Also the least time on a device, see `zoo device list`; nothing is built.")
     ] = None,
     picture: Annotated[
         bool | None,
-        typer.Option("--picture/--no-picture", help="Draw --roofline below the tables; by default on a terminal."),
+        typer.Option(
+            "--picture/--no-picture", help="Draw the device's roofline below the tables; by default on a terminal."
+        ),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Draw with ASCII alone, as where there is no UTF-8.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Write the picture of --roofline to this file.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture of the device's roofline to this file.")] = None,
     mesh: Annotated[
         str | None,
-        typer.Option(help="Also the least time on so many of --device, such as 8 or 4x4x4, and the best layout."),
+        typer.Option(help="The least time on so many of --device, such as 8 or 4x4x4, and the best layout."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="What weights are stored in, such as int8 or int4; by default --dtype.")
@@ -143,28 +150,26 @@ def cost(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Count parameters, FLOPs, bytes and state from the specification alone."""
+    """Count parameters, FLOPs, bytes and state from the specification alone; on request also times on a device."""
+    from zoo.accounting import Workload
     from zoo.cli.bounds import Drawing, OnMesh
-    from zoo.cli.facts import print_cost
+    from zoo.cli.cost import Sources, print_cost
 
-    drawing = Drawing.asked(roofline, picture, plain, svg, json)
-    meshed = OnMesh.asked(device, mesh, weights, measure)
-    measured_on, predicted_on = device if measure else None, device if predict else None
+    meshed = OnMesh.asked(device, mesh, weights, predict or measure)
+    sources = Sources.asked(
+        device, threads, dtype, roofline=roofline, predict=predict, measure=measure, mesh=mesh is not None
+    )
+    drawing = Drawing.asked(sources.roof, picture, plain, svg, json)
     print_cost(
         spec,
-        batch,
-        seq,
-        past,
-        dtype,
-        weights,
-        layers,
-        detail,
-        measured_on,
-        roofline,
-        json,
-        drawing,
-        meshed,
-        predicted_on,
+        Workload(batch, seq, past, dtype),
+        sources,
+        weights=weights,
+        layers=layers,
+        detail=detail,
+        drawing=drawing,
+        mesh=meshed,
+        as_json=json,
     )
 
 
@@ -311,18 +316,22 @@ app.add_typer(device, name="device")
 
 @device.command("list")
 def list_devices(json: Json = False) -> None:
-    """List the devices whose figures are shipped."""
+    """List the devices whose figures are shipped, and the calibrations, yours among them."""
     from zoo.cli.devices import list_devices
 
     list_devices(json)
 
 
 @device.command("show")
-def show_device(name: Annotated[str, typer.Argument(help="A shipped device, or a file.")], json: Json = False) -> None:
-    """Show the peak figures of a device."""
+def show_device(
+    name: Annotated[str, typer.Argument(help="A shipped or calibrated device, cpu or cuda, or a file.")],
+    costs: Annotated[bool, typer.Option(help="Also what a unit of each kind of work was found to cost.")] = False,
+    json: Json = False,
+) -> None:
+    """Show the peak figures of a device, and how far its calibrations can be trusted."""
     from zoo.cli.devices import show_device
 
-    show_device(name, json)
+    show_device(name, costs, json)
 
 
 @device.command("probe")

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cli.output import console, print_json, print_table
+from zoo.cli.output import console, destination, print_json, print_table
 from zoo.errors import ZooError
-from zoo.quantity import format_quantity
+from zoo.quantity import Dimension, format_quantity
 
 if TYPE_CHECKING:
     from zoo.device import Device
@@ -58,8 +58,8 @@ def bench_model(
     plan(spec, machine, request, profile=profile)
     calibrated = find_predictor(machine.name, dtype, threads) if predict else None
     predictor = None if calibrated is None else PredictedLatency(calibrated)
-    if out is not None and not out.parent.is_dir():
-        raise ZooError(f"cannot write {out}: there is no folder {out.parent}; make it first")
+    if out is not None:
+        destination(out)
     with _live(spec.name or name) as progress:
         report = bench(spec, machine, request, profile=profile, predictor=predictor, progress=progress)
     drift = None if calibrated is None or report.interrupted else _drift(calibrated, machine)
@@ -128,12 +128,15 @@ def _print(found: dict[str, Any], title: str) -> None:
         # A title inside a table would be wrapped at the table's width.
         console().print(title)
         _print_measured(rows, found["unit"])
-        _print_predicted(rows, found["roofline"])
+        _print_times(rows, found["roofline"])
+        _print_memory(rows)
     failures = [f"{_called(row)}: {row['failure']}" for row in rows if row["failure"] is not None]
     interrupted = ["interrupted: what is missing was not measured"] if found["interrupted"] else []
-    drift = found["drift"]
-    said = f"for the same as when it was calibrated, the machine now takes {drift or 0:.2f} times as long"
-    drifted = [] if drift is None else [said]
+    drifted: list[str] = []
+    if found["drift"] is not None:
+        drifted.append(
+            f"for the same as when it was calibrated, the machine now takes {found['drift']:.2f} times as long"
+        )
     for line in (*found["notes"], *drifted, *failures, *interrupted):
         console().print(line)
 
@@ -152,31 +155,51 @@ def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
             _time(row["high"]),
             _shown(row["per_second"], "count"),
             _shown(row["flops_per_second"], "flops"),
-            _shown(row["memory"], "bytes"),
+            _bytes(row["memory"]),
         ]
         for row in rows
     ]
     print_table("", columns, table, right=range(1, len(columns)))
 
 
-def _print_predicted(rows: list[dict[str, Any]], bound_by: str | None) -> None:
-    """Predictions, each with its ratio to what was measured, and the share of the peak that was reached."""
+def _print_times(rows: list[dict[str, Any]], bound_by: str | None) -> None:
+    """Predicted and least times, each with its ratio to what was measured, and the share of the peak."""
     predicting = any(row["predicted"] is not None for row in rows)
-    columns = ["predicted / measured", "counted memory", "ratio"]
-    columns += ["memory", "ratio", "latency", "ratio"] if predicting else []
+    columns = ["time / measured"]
+    columns += ["predicted", "from", "to", "ratio"] if predicting else []
     columns += [f"least on {bound_by}", "ratio", "of peak"] if bound_by else []
     table = []
     for row in rows:
-        cells = [_called(row), _shown(row["counted_memory"], "bytes"), _ratio(row["counted_memory"], row["memory"])]
+        cells = [_called(row)]
         if predicting:
-            seconds = None if row["predicted"] is None else row["predicted"]["seconds"]
-            held = None if row["predicted_memory"] is None else row["predicted_memory"]["bytes"]
-            cells += [_shown(held, "bytes"), _ratio(held, row["memory"])]
-            cells += [_time(seconds), _ratio(seconds, row["median"])]
+            cells += _forecast(row["predicted"], "seconds", "time", row["median"])
         if bound_by:
             cells += [_time(row["bound"]), _ratio(row["bound"], row["median"]), _percent(row["share_of_peak"])]
         table.append(cells)
+    if len(columns) > 1:
+        print_table("", columns, table, right=range(1, len(columns)))
+
+
+def _print_memory(rows: list[dict[str, Any]]) -> None:
+    """Counted and predicted bytes that are held at once, each with its ratio to what was measured."""
+    predicting = any(row["predicted_memory"] is not None for row in rows)
+    columns = ["memory / measured", "counted", "ratio"]
+    columns += ["predicted", "from", "to", "ratio"] if predicting else []
+    table = []
+    for row in rows:
+        cells = [_called(row), _bytes(row["counted_memory"]), _ratio(row["counted_memory"], row["memory"])]
+        if predicting:
+            cells += _forecast(row["predicted_memory"], "bytes", "bytes", row["memory"])
+        table.append(cells)
     print_table("", columns, table, right=range(1, len(columns)))
+
+
+def _forecast(found: dict[str, Any] | None, name: str, dimension: Dimension, measured: float | None) -> list[str]:
+    """A prediction, the ends of its interval, and its ratio to what was measured."""
+    if found is None:
+        return [""] * 4
+    ends = (format_quantity(found[end], dimension) if found[end] else "unknown" for end in ("low", "high"))
+    return [format_quantity(found[name], dimension), *ends, _ratio(found[name], measured)]
 
 
 def _ratio(value: float | None, measured: float | None) -> str:
@@ -194,5 +217,9 @@ def _time(seconds: float | None) -> str:
     return _shown(seconds, "time")
 
 
-def _shown(value: float | None, dimension: Any) -> str:
+def _bytes(size: float | None) -> str:
+    return _shown(size, "bytes")
+
+
+def _shown(value: float | None, dimension: Dimension) -> str:
     return "" if value is None else format_quantity(value, dimension)

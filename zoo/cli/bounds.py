@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cli.output import console, print_table
+from zoo.cli.output import console, destination, print_table
 from zoo.errors import ZooError
 from zoo.quantity import format_quantity
 
@@ -32,15 +32,15 @@ class OnMesh:
     weights: str | None
 
     @classmethod
-    def asked(cls, device: str, mesh: str | None, weights: str | None, measure: bool) -> OnMesh | None:
+    def asked(cls, device: str | None, mesh: str | None, weights: str | None, here: bool) -> OnMesh | None:
         """The options of `zoo cost`, checked against each other."""
         from zoo.hardware.profile import profile_names
 
         if mesh is None:
             return None
-        if measure:
-            raise ZooError("--device names the chips of --mesh and the machine of --measure; ask for one at a time")
-        if device == "cpu":
+        if here:
+            raise ZooError("--device names the chips of --mesh, or the device that is timed; ask for one at a time")
+        if device in (None, "cpu"):
             raise ZooError(f"--mesh needs --device: {', '.join(profile_names())}, or the file of another one")
         return cls(device, mesh, weights)
 
@@ -69,41 +69,42 @@ class OnMesh:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What was asked about a picture of a roofline: on the terminal, in a file, or both."""
+    """What was asked about a picture of a device's roofline: on the terminal, in a file, or both."""
 
-    device: str
+    profile: Profile
     shown: bool
     plain: bool
     svg: Path | None
 
     @classmethod
     def asked(
-        cls, device: str | None, picture: bool | None, plain: bool, svg: Path | None, as_json: bool
+        cls, profile: Profile | None, picture: bool | None, plain: bool, svg: Path | None, as_json: bool
     ) -> Drawing | None:
         """The options of `zoo cost`, checked against each other."""
         given = {"--picture": picture, "--plain": plain, "--svg": svg}
         named = next((option for option, value in given.items() if value), None)
-        if device is None:
+        if profile is None:
             if named is not None:
-                raise ZooError(f"{named} is about the picture of a roofline; give --roofline DEVICE too")
+                raise ZooError(f"{named} is about the picture of a roofline; give --device or --roofline too")
             return None
+        if svg is not None:
+            destination(svg)
         if as_json and (picture or plain):
             raise ZooError(f"{named} is about the terminal, where --json prints; use --svg for the picture")
         shown = sys.stdout.isatty() if picture is None else picture
-        return cls(device, shown and not as_json, plain, svg)
+        return cls(profile, shown and not as_json, plain, svg)
 
-    def draw(self, spec: Spec, work: Workload) -> str:
+    def draw(self, spec: Spec, work: Workload, weights: str | None) -> str:
         """A device's roofline with a model's operators on it: the file, if asked for, and the terminal's lines."""
         if not self.shown and self.svg is None:
             return ""
         from zoo.accounting import ALIASES
         from zoo.hardware.picture import drawn, picture
         from zoo.hardware.picture_svg import svg
-        from zoo.hardware.profile import load_profile
 
-        profile = load_profile(self.device)
-        title = f"{spec.name or 'model'} on {profile.title}, {ALIASES.get(work.dtype, work.dtype)}"
-        found = picture(title, _parts(spec, work, profile), profile, work.dtype)
+        stored = f", weights in {weights}" if weights else ""
+        title = f"{spec.name or 'model'} on {self.profile.title}, {ALIASES.get(work.dtype, work.dtype)}{stored}"
+        found = picture(title, _parts(spec, work, self.profile, weights), self.profile, work.dtype)
         if self.svg is not None:
             self.svg.write_text(svg(found), encoding="utf-8")
         plain = self.plain or "utf" not in (sys.stdout.encoding or "").lower()
@@ -147,15 +148,15 @@ def _generates(spec: Spec) -> bool:
     return getattr(spec.head, "kind", "") == "language_model"
 
 
-def _parts(spec: Spec, work: Workload, device: Profile) -> Iterator[Part]:
+def _parts(spec: Spec, work: Workload, device: Profile, weights: str | None) -> Iterator[Part]:
     """Every operator of a forward pass and, for language models, of a decoding step, in the least time it takes."""
     from zoo.accounting import places
     from zoo.hardware.picture import Part
-    from zoo.hardware.roofline import least_seconds
+    from zoo.hardware.roofline import least_seconds, operators
 
     for place in places(spec.fill(), work):
         for phase in ("forward", "decode") if _generates(spec) else ("forward",):
-            for piece in place.cost(phase == "decode").operators:
+            for piece in operators(place, work, phase, weights):
                 # The peak is that of matrix products, beside which other arithmetic does not count.
                 operations = (piece.computed() or piece.pointwise) * piece.calls
                 seconds = least_seconds([piece], device, work.dtype)

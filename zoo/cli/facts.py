@@ -1,31 +1,24 @@
-"""Commands that print facts: list, show, validate, schema, cost, kernels. None needs torch unless it times a model."""
+"""Commands that print facts: list, show, validate, schema, kernels. None needs torch."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cli.bounds import mesh_facts
-from zoo.cli.output import METRIC_DIMENSIONS, console, print_json, print_table, shown
-from zoo.cli.predictions import Prediction, predicted, prediction_facts, print_predictions
+from zoo.cli.output import console, print_json, print_table, shown
 from zoo.errors import ZooError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-    from zoo.accounting import Tally, Workload
-    from zoo.blocks.model import Spec
-    from zoo.cli.bounds import Drawing, OnMesh
     from zoo.component import Component
     from zoo.errors import Problem
-    from zoo.hardware.roofline import Bounded
     from zoo.search.program import Decision
 
-BOUNDS = ("arithmetic", "memory", "launches")
 HEADLINE = ("params", "active_params", "flops", "decode_flops", "weights", "state", "memory")
 """Figures that `zoo show` prints for a spec."""
 
@@ -230,155 +223,6 @@ def write_schema(out: Path | None) -> None:
     print(f"wrote {out}; begin a spec with\n# yaml-language-server: $schema={out}")
 
 
-def print_cost(
-    name: str,
-    batch: int,
-    seq: int | None,
-    past: int | None,
-    dtype: str,
-    weights: str | None,
-    layers: bool,
-    detail: bool,
-    device: str | None,
-    bound_by: str | None,
-    as_json: bool,
-    drawing: Drawing | None,
-    mesh: OnMesh | None,
-    predict_on: str | None,
-) -> None:
-    """Print all analytic figures of a spec, on request for each part, its times on a device, measured or at least.
-
-    With a drawing also the roofline as a picture, and with a mesh the least times on that; in `detail` what parameters,
-    weights and states are made of.
-    """
-    from zoo.accounting import Workload, figures, parts
-    from zoo.breakdown import breakdown
-    from zoo.spec.document import load
-
-    spec = load(name)
-    work = Workload(batch, seq, past, dtype).at(spec.context)
-    tallies = [(path, component, tally) for path, component, tally in parts(spec.fill(), work)]
-    total = figures(_sum(tally for _, _, tally in tallies), work)
-    if weights is not None:
-        total |= _stored(spec, work, weights, total)
-    measured = {} if device is None else dict(_measured(spec, work, device))
-    least = {} if bound_by is None else _rooflines(spec, work, bound_by)
-    prediction = Prediction([], {}) if predict_on is None else predicted(spec, work, predict_on)
-    meshes = {} if mesh is None else mesh.costs(spec, work)
-    picture = "" if drawing is None else drawing.draw(spec, work)
-    if as_json:
-        rows = [{"path": path, "type": part.type, **figures(tally, work)} for path, part, tally in tallies]
-        facts = {"spec": name, "workload": _fields(work), "metrics": total, "parts": rows, "measured": measured}
-        bounds = {"roofline": {phase: _bounds(parts) for phase, parts in least.items()}, "mesh": mesh_facts(meshes)}
-        print_json({**facts, "detail": breakdown(spec, work), **bounds, **prediction_facts(prediction)})
-        return
-    if layers:
-        columns = ("params", "flops", "traffic", "state", "activations")
-        print_table(
-            "",
-            ("part", "what", *columns),
-            (
-                (path, _what(part), *(shown(key, figures(tally, work)[key]) for key in columns))
-                for path, part, tally in tallies
-            ),
-            right=range(2, 7),
-        )
-    stored = "" if weights is None else f", weights in {weights}"
-    title = (
-        f"{spec.name or name}: batch {work.batch}, {work.seq} tokens, decoding behind {work.past}, {work.dtype}{stored}"
-    )
-    rows = [(key, shown(key, value), f"{value:,.0f}") for key, value in total.items() if key in METRIC_DIMENSIONS]
-    print_table(title, ("counted", "", "exactly"), rows, right=(1, 2))
-    if detail:
-        _print_detail(breakdown(spec, work))
-    if least:
-        from zoo.quantity import format_quantity
-
-        times = [
-            (phase, *(format_quantity(seconds, "time") for seconds in _bounds(parts).values()))
-            for phase, parts in least.items()
-        ]
-        title = f"at least, on {bound_by} (roofline: a bound, not a forecast)"
-        print_table(title, ("", "in all", *(f"bound by {name}" for name in BOUNDS)), times, right=(1, 2, 3, 4))
-    if predict_on is not None:
-        print_predictions(prediction, predict_on, layers)
-    if picture:
-        print(picture)
-    if mesh is not None:
-        mesh.show(meshes)
-    if measured:
-        from zoo.quantity import format_quantity
-
-        times = [
-            (phase, *(format_quantity(row[key], "time") for key in ("seconds", "low", "high")))
-            for phase, row in measured.items()
-        ]
-        print_table(f"measured on {device}", ("", "median", "5%", "95%"), times, right=(1, 2, 3))
-
-
-def _stored(spec: Spec, work: Workload, format: str, total: Mapping[str, float]) -> dict[str, float]:
-    """The figures that change where matrices are stored in another format than the workload's."""
-    from zoo.breakdown import quantised_traffic, stored_weights
-
-    weights = stored_weights(spec, format, kept=work.dtype).bytes
-    memory = total["memory"] - total["weights"] + weights
-    return {"weights": weights, "memory": memory, "decode_traffic": quantised_traffic(spec, work, format)}
-
-
-DETAIL = {
-    "parts": ("parameters in", "count"),
-    "axes": ("parameters with an axis", "count"),
-    "weights": ("weights stored in", "bytes"),
-    "state": ("state", "bytes"),
-}
-"""What a table of `--detail` is about, and the dimension of its numbers."""
-
-
-def _print_detail(found: Mapping[str, Mapping[str, int]]) -> None:
-    from zoo.quantity import format_quantity
-
-    for name, (title, dimension) in DETAIL.items():
-        rows = [(key, format_quantity(value, dimension), f"{value:,}") for key, value in found[name].items()]  # type: ignore[arg-type]
-        if rows:
-            print_table("", (title, "", "exactly"), rows, right=(1, 2))
-
-
-def _rooflines(spec: Spec, work: Workload, name: str) -> dict[str, list[Bounded]]:
-    """The least times on a device, by phase."""
-    from zoo.hardware.profile import load_profile
-    from zoo.hardware.roofline import roofline
-
-    profile = load_profile(name)
-    found = {"forward": roofline(spec, work, profile, "forward")}
-    if getattr(spec.head, "kind", "") == "language_model":
-        found["decode"] = roofline(spec, work, profile, "decode")
-    return found
-
-
-def _bounds(parts: list[Bounded]) -> dict[str, Any]:
-    """Seconds in all, and those of the parts that each thing bounds."""
-    bound = {name: sum(part.seconds for part in parts if part.bound == name) for name in BOUNDS}
-    return {"seconds": sum(part.seconds for part in parts), **bound}
-
-
-def _sum(tallies: Iterator[Tally]) -> Tally:
-    from zoo.accounting import Tally
-
-    return sum(tallies, Tally())
-
-
-def _fields(work: Workload) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(work)
-
-
-def _what(component: Component) -> str:
-    inside = [getattr(component, name, None) for name in ("mixer", "channel")]
-    named = [part.type for part in inside if part is not None]
-    return " + ".join(named) or component.type
-
-
 def print_kernels(device: str, dtype: str, as_json: bool) -> None:
     """Print for each primitive which implementation serves on a device, and why the others do not."""
     from zoo import kernels
@@ -479,20 +323,3 @@ def _timing(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _json_files(folder: Traversable) -> list[Traversable]:
     inside = folder.iterdir() if folder.is_dir() else ()
     return sorted((file for file in inside if file.name.endswith(".json")), key=lambda file: file.name)
-
-
-def _measured(spec: Spec, work: Workload, device: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """Timings of a forward pass and, for language models, of one decoding step."""
-    from zoo.accounting import ALIASES
-    from zoo.blocks.model import Spec
-    from zoo.device import resolve_device
-    from zoo.latency import Context, MeasuredLatency
-    from zoo.model import build
-
-    source = MeasuredLatency[Spec](resolve_device(device), build, lambda spec: spec.computation)
-    assert work.seq is not None and work.past is not None
-    context = Context(work.batch, work.seq, work.past, ALIASES.get(work.dtype, work.dtype))
-    phases = ("forward", "decode") if getattr(spec.head, "kind", "") == "language_model" else ("forward",)
-    for phase in phases:
-        figure = source.latency(spec, context, phase)
-        yield phase, {"seconds": figure.seconds, "low": figure.low, "high": figure.high}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,17 +48,30 @@ def print_json(value: Any) -> None:
     print()
 
 
+def destination(path: Path) -> Path:
+    """A file that can be written, which is made sure of before the work whose results it is to hold."""
+    if path.is_dir():
+        raise ZooError(f"cannot write {path}: it is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise ZooError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ZooError(f"cannot write {path}: permission denied")
+    return path
+
+
 def print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
 ) -> None:
-    """A table as wide as the terminal; `right` are the columns of numbers."""
+    """A table as wide as the terminal; `right` are the columns of numbers. Neither these nor the names in the first
+    column are ever broken; other texts are.
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        last = index == len(columns) - 1
-        table.add_column(name, justify="right" if index in right else "left", overflow="fold" if last else "ellipsis")
+        number = index in right
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number or not index)
     for row in rows:
         table.add_row(*row)
     console().print(table)

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from zoo.errors import ZooError
-from zoo.hardware.features import PHASES, Part, Phase, by_piece, features, summed
+from zoo.hardware.features import PHASES, Part, Phase, by_piece, cold_share, features, moved, summed, with_cold
 from zoo.hardware.predictor import COUNTED, FORMAT, Predictor
 from zoo.hardware.profile import Profile
 from zoo.hardware.regression import Floats, Regression, Wholes, fit, slope
@@ -54,7 +54,10 @@ DISAGREEMENT = 1.2
 FEWEST = 10
 """Samples that a calibration needs."""
 FEWEST_FOLLOWED = 30
-"""Samples from which on they tell how far times follow the sentinel; before, they are taken to follow all of it."""
+"""Samples from which on they tell how far times follow the sentinel; fewer are taken to follow all of it."""
+CACHES = tuple(2**power for power in range(21, 27))
+"""Sizes in bytes of what a device may keep from one call to the next, of which the one is chosen with which models that
+were held out are predicted best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,13 @@ class Timed:
     held: Mapping[Phase, Row]
     sentinel: float
     disturbed: bool
+
+
+class Pool(NamedTuple):
+    """Where typical samples come from, and what tells that from other places."""
+
+    name: str
+    samples: Iterator[Sample]
 
 
 class Log:
@@ -138,7 +148,7 @@ def calibrate(
     dtype: str = "float32",
     seconds: float = 280.0,
     prior: Predictor | None = None,
-    pool: Iterable[Sample] | None = None,
+    pool: Pool | None = None,
     seed: int = 0,
     tell: Callable[[Step], None] = lambda step: None,
     clock: Clock = time.monotonic,
@@ -149,16 +159,18 @@ def calibrate(
     timed. log: the file of what was timed. prior: another device's predictor, with which ten samples are a start. pool:
     where typical samples come from in place of the shipped spaces, such as the space that will be searched.
 
-    Raises `ZooError` where the sentinel, the same work between all others, says that the machine is too noisy.
+    Raises `ZooError` where the sentinel, the same work between all others, says that the machine is too noisy: as soon
+    as more samples were disturbed than may be in the end.
     """
+    drawn_from = {"pool": "shipped" if pool is None else pool.name, "seed": str(seed)}
     versions = {"format": str(FORMAT), "zoo": version("zoo-nas")}
-    kept = Log(log, {"device": stopwatch.device.id, "profile": profile.name, "dtype": dtype, **versions})
+    kept = Log(log, {"device": stopwatch.device.id, "profile": profile.name, "dtype": dtype, **drawn_from, **versions})
     groups = _groups(profile, dtype, pool, seed, {timed.key for timed in kept.timed})
     sentinels = [timed.sentinel for timed in kept.timed if not timed.disturbed]
     while kept.spent < seconds:
         start = clock()
         group = next(groups, None)
-        if group is None:
+        if group is None or _too_noisy(kept.timed, expected=seconds / max(kept.spent, 1e-9)):
             break
         found, sentinel, disturbed = _undisturbed(stopwatch, group, sentinels)
         if not disturbed:
@@ -177,8 +189,9 @@ def calibrate(
     return fitted(kept.timed, profile, stopwatch.device.id, dtype, prior)
 
 
-def _too_noisy(timed: Sequence[Timed]) -> bool:
-    return sum(item.disturbed for item in timed) > DISTURBED * len(timed)
+def _too_noisy(timed: Sequence[Timed], expected: float = 1.0) -> bool:
+    """Whether too many samples were disturbed, of `expected` times as many if all that are yet to come are not."""
+    return sum(item.disturbed for item in timed) > DISTURBED * expected * len(timed)
 
 
 def _timed(sample: Sample, readings: Readings, sentinel: float, disturbed: bool) -> Timed:
@@ -237,9 +250,7 @@ def _within(path: str, paths: Collection[str]) -> str:
     return above or path
 
 
-def _groups(
-    profile: Profile, dtype: str, pool: Iterable[Sample] | None, seed: int, seen: set[str]
-) -> Iterator[list[Sample]]:
+def _groups(profile: Profile, dtype: str, pool: Pool | None, seed: int, seen: set[str]) -> Iterator[list[Sample]]:
     """What is timed together: informative samples while there are any, and typical ones."""
 
     def guess(sample: Sample) -> float:
@@ -251,7 +262,7 @@ def _groups(
             take(drawn(random.Random(seed), dtype), POOL, guess, LONGEST, seen), guess, lambda least: 0.2 + RUNS * least
         )
     )
-    typical = iter(pool if pool is not None else drawn(random.Random(seed + 1), dtype, typical=True))
+    typical = drawn(random.Random(seed + 1), dtype, typical=True) if pool is None else pool.samples
     while True:
         drawn_ones = take(typical, PAIR, guess, LONGEST, seen)
         group = [*itertools.islice(informative, PAIR), *drawn_ones[1:]]
@@ -297,12 +308,15 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
         raise ZooError(f"{len(good)} samples are too few for a calibration, which needs {FEWEST}; give it more time")
     usual = statistics.median(item.sentinel for item in good)
     regressions: dict[Phase, Regression] = {}
+    caches: dict[Phase, float] = {}
     memory: dict[Phase, Regression] = {}
     for phase in PHASES:
         mine = [item for item in good if phase in item.whole]
         if len(mine) >= FEWEST:
             drifts = np.array([item.sentinel for item in mine]) / usual
-            regressions[phase] = _regression(mine, phase, drifts, _before(phase, prior, regressions))
+            before, sizes = _before(phase, prior, regressions, caches, len(mine))
+            found = {size: _regression(mine, phase, size, drifts, before) for size in sizes}
+            caches[phase], regressions[phase] = min(found.items(), key=lambda item: item[1].error)
         held = [item.held[phase] for item in good if phase in item.held]
         if len(held) >= FEWEST:
             memory[phase] = fit(
@@ -313,37 +327,50 @@ def fitted(timed: list[Timed], profile: Profile, device: str, dtype: str, prior:
         "samples": str(len(good)),
         **{name: version(name) for name in ("torch", "zoo-nas")},
     }
-    return Predictor(profile, device, dtype, regressions, usual, made, memory)
+    return Predictor(profile, device, dtype, regressions, caches, usual, made, memory)
 
 
-def _before(phase: Phase, prior: Predictor | None, found: Mapping[Phase, Regression]) -> Regression | None:
-    """What is known of a phase before it is fitted: another device's costs; of training, which few samples are timed
-    in, that it is some times a forward pass.
+def _before(
+    phase: Phase,
+    prior: Predictor | None,
+    found: Mapping[Phase, Regression],
+    caches: Mapping[Phase, float],
+    samples: int,
+) -> tuple[Regression | None, Sequence[float]]:
+    """What is known of a phase before it is fitted, and which sizes its cache may have: another device's costs, and its
+    cache where samples are few; of training, which few are timed in, that it is some times a forward pass.
     """
     if prior is not None and phase in prior.regressions:
-        return prior.regressions[phase]
-    return found.get("forward") if phase == "train" else None
+        return prior.regressions[phase], CACHES if samples >= FEWEST_FOLLOWED else [prior.caches[phase]]
+    if phase == "train" and "forward" in found:
+        return found["forward"], [caches["forward"]]
+    return None, CACHES
 
 
-def _regression(timed: list[Timed], phase: Phase, drifts: Floats, before: Regression | None) -> Regression:
+def _regression(
+    timed: list[Timed], phase: Phase, cache: float, drifts: Floats, before: Regression | None
+) -> Regression:
     """The fit to times as they would be were the machine as fast as it usually was, as far as times follow the
     sentinel: where it strays by chance, less than all of its drift is in them.
     """
-    found = _fit(timed, phase, drifts, before)
+    found = _fit(timed, phase, cache, drifts, before)
     followed = 1 + slope(np.log(drifts), np.log1p(found.errors))
     if followed < 1 and len(timed) >= FEWEST_FOLLOWED:
-        found = _fit(timed, phase, drifts ** max(0.0, followed), before)
+        found = _fit(timed, phase, cache, drifts ** max(0.0, followed), before)
     typical = np.array([item.typical for item in timed])
     return found.judged(typical) if typical.sum() >= FEWEST else found
 
 
-def _fit(timed: list[Timed], phase: Phase, drifts: Floats, before: Regression | None) -> Regression:
-    """Times, divided by the drift meanwhile, as costs of what the modules do; training is timed as a whole."""
-    wholes = [item.whole[phase] for item in timed]
+def _fit(timed: list[Timed], phase: Phase, cache: float, drifts: Floats, before: Regression | None) -> Regression:
+    """Times, divided by the drift meanwhile, as costs of what the modules do, cold as far as the model that they are in
+    does not stay in a cache; training is timed as a whole.
+    """
+    shares = [cold_share(moved(item.whole[phase][0]), cache) for item in timed]
+    wholes = [(with_cold(item.whole[phase][0], share), item.whole[phase][1]) for item, share in zip(timed, shares)]
     names = sorted({name for counts, _ in wholes for name in counts} | set(before.names if before else ()))
     # A module so fast that the clock stood still tells nothing.
     parts = [
-        (index, counts, seconds / drifts[index])
+        (index, with_cold(counts, shares[index]), seconds / drifts[index])
         for index, item in enumerate(timed)
         for counts, seconds in item.modules.get(phase, [item.whole[phase]])
         if seconds > 0

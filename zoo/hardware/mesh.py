@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from zoo.accounting import ALIASES, ELEMENT_BYTES, Place, Workload, places
-from zoo.errors import ZooError, did_you_mean
+from zoo.accounting import Place, Workload, places
+from zoo.breakdown import weight_bits
+from zoo.errors import ZooError
 from zoo.hardware.profile import Profile
 from zoo.registry import Role
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 MeshPhase = Literal["prefill", "decode"]
 
-WEIGHT_BYTES: Mapping[str, float] = {**ELEMENT_BYTES, "int8": 1, "int4": 0.5}
-"""Bytes of a weight by the dtype it is stored in, scales left out; activations and arithmetic keep the workload's."""
 MOST_CHIPS = 2**16
 
 
@@ -84,7 +83,7 @@ class Placement:
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs utilisation: the FLOPs of the model's matrix products over what the chips could do meanwhile."""
+        """Model FLOPs utilisation: what matrix products have to compute over what the chips could meanwhile."""
         return self.compute / self.seconds
 
 
@@ -128,8 +127,9 @@ def mesh_cost(
     """What a pass takes on a mesh of chips, under every layout that cuts the layers into equal parts.
 
     `mesh` is a number of chips, in whatever arrangement, or the sizes of its axes, each of which is used whole.
-    `prefill` reads `work.seq` tokens of each sequence, `decode` one more behind `work.past`. `weights` is the dtype
-    that weights are stored in, by default the workload's; `int8` takes one byte each, `int4` half.
+    `prefill` reads `work.seq` tokens of each sequence, `decode` one more behind `work.past`. `weights` is what
+    weights are stored in, a dtype or `int2` to `int8`, scales left out, by default the workload's dtype, in which
+    arithmetic stays.
 
     Weights stay, cut in one dimension or two, or are gathered over some of the chips with the batch cut among these.
     States are cut by head, of which each chip holds a whole number, or by sequence; states that do not grow with the
@@ -194,9 +194,7 @@ class _Demand:
 
 
 def _demand(spec: Spec, work: Workload, phase: MeshPhase, weights: str | None) -> _Demand:
-    name = ALIASES.get(weights or work.dtype, weights or work.dtype)
-    if name not in WEIGHT_BYTES:
-        raise ZooError(f"unknown dtype {name!r} of weights{did_you_mean(name, [*WEIGHT_BYTES, *ALIASES])}")
+    weight_bytes = weight_bits(weights or work.dtype) / 8
     assert work.seq is not None and work.past is not None
     spec = spec.fill()
     decode = phase == "decode"
@@ -208,7 +206,7 @@ def _demand(spec: Spec, work: Workload, phase: MeshPhase, weights: str | None) -
     params = 0
     for place in places(spec, work):
         call, cost = place.call(decode), place.cost(decode)
-        flops += cost.flops
+        flops += sum(operator.computed() * operator.calls for operator in cost.operators)
         activations = max(activations, cost.peak)
         for _, part, scope in place.component.walk(place.scope):
             for parameter in part.parameters(scope).values():
@@ -231,7 +229,7 @@ def _demand(spec: Spec, work: Workload, phase: MeshPhase, weights: str | None) -
         flops=flops,
         rate=work.dtype,
         element_bytes=work.element_bytes,
-        weight_bytes=WEIGHT_BYTES[name],
+        weight_bytes=weight_bytes,
         loaded=loaded,
         params=params,
         states=states,

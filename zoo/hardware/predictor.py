@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from zoo.accounting import ALIASES, Piece, Place, Workload
 from zoo.errors import ZooError
-from zoo.hardware.features import PHASES, Part, Phase, features
+from zoo.hardware.features import PHASES, Part, Phase, cold, cold_share, features, moved
 from zoo.hardware.profile import Profile, parse_profile
-from zoo.hardware.regression import Growth, Regression
+from zoo.hardware.regression import Regression
 from zoo.hardware.roofline import least_seconds
 from zoo.hardware.work import held_bytes, parts_of, pieces_of
 from zoo.latency import Context, LatencyFigure
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from zoo.blocks.model import Spec
     from zoo.cost import Operator
 
-FORMAT = 4
-"""The version of the file, and of the log of what it is fitted to."""
+FORMAT = 5
+"""The version of the file, of the log of what it is fitted to, and of what `zoo.hardware.features` counts."""
 COVERAGE = 0.9
 COUNTED = "counted"
 """What memory is a regression on: the bytes of `zoo.hardware.work.held_bytes`."""
@@ -39,7 +40,9 @@ UNKNOWN_HIGH = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds, the interval in which `COVERAGE` of measurements lie, and the kinds that the roofline answered for."""
+    """Seconds, the interval in which `COVERAGE` of measurements lie, and what the roofline answered for: kinds of
+    operators, their terms such as `linear.pointwise`, and `TYPE.modules`.
+    """
 
     seconds: float
     low: float
@@ -55,69 +58,97 @@ class Held(NamedTuple):
     high: float
 
 
-class _Work(NamedTuple):
-    """Seconds of work of known kinds as its costs add up, the least that the rest takes, and the kinds of the rest."""
+class Sums(NamedTuple):
+    """What adds up over the parts of a model, or `[models]` of each.
 
-    known: float
-    floor: float
-    unknown: tuple[str, ...]
+    warm: seconds of known work whose data are in caches. chill: seconds that it takes on top if nothing is. moved:
+    bytes that it moves, which say how much is. floor: the least seconds that the rest takes.
+    """
 
-    @property
-    def seconds(self) -> float:
-        return self.known + self.floor
+    warm: Any
+    chill: Any
+    moved: Any
+    floor: Any
+
+    def known(self, share: Any) -> Any:
+        """Seconds of known work of which a share is cold."""
+        return self.warm + share * self.chill
 
 
 @dataclass(frozen=True)
 class Predictor:
     """What a calibration found for one device and dtype.
 
-    device: the `Device.id` that it was made on. regressions: of seconds, by phase. sentinel: seconds of the sentinel
-    meanwhile, see `zoo.hardware.stopwatch`. made: date and versions. memory: of the bytes held at once on those that
-    are `COUNTED`, by phase.
+    device: the `Device.id` that it was made on. regressions: of seconds, by phase. caches: bytes that stay from one
+    call to the next, by phase, see `zoo.hardware.features.cold_share`. sentinel: seconds of the sentinel meanwhile, see
+    `zoo.hardware.stopwatch`. made: date and versions. memory: of the bytes held at once on those that are `COUNTED`, by
+    phase.
     """
 
     profile: Profile
     device: str
     dtype: str
     regressions: Mapping[Phase, Regression]
+    caches: Mapping[Phase, float]
     sentinel: float | None = None
     made: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[Phase, Regression] = field(default_factory=dict)
 
     def predict(self, parts: Iterable[Part], phase: Phase = "forward") -> Prediction:
         """What a call takes, from the pieces of all its parts. O(operators)."""
-        work = self._work(parts, phase)
-        return self._prediction(work, self._factor(work.seconds, phase), phase)
+        return self.prediction(*self.counted(parts, phase), phase)
 
     def predict_each(self, parts: Iterable[Part], phase: Phase = "forward") -> list[Prediction]:
-        """What each part takes in a call of all of them, which takes what they take together."""
-        works = [self._work([part], phase) for part in parts]
-        factor = self._factor(sum(work.seconds for work in works), phase)
-        return [self._prediction(work, factor, phase) for work in works]
+        """What each part takes in a call of all of them: they share the caches, and take together what all take."""
+        found = [self.counted([part], phase) for part in parts]
+        whole = Sums(*map(sum, zip(*(sums for sums, _ in found))))
+        return [self.prediction(sums, unknown, phase, whole) for sums, unknown in found]
+
+    def counted(self, parts: Iterable[Part], phase: Phase) -> tuple[Sums, tuple[str, ...]]:
+        """The sums over parts, and what of them was never timed."""
+        parts, strange = self._apart(parts, phase)
+        costs, least, counts = self._costs[phase], self._least[phase], features(parts, phase)
+        warm, chill, floor = 0.0, 0.0, least_seconds(strange, self.profile, self.dtype, phase)
+        unknown = {operator.kind for operator in strange}
+        for name, amount in counts.items():
+            if name in costs:
+                warm += costs[name] * amount
+                chill += costs.get(cold(name) or "", 0.0) * amount
+            elif (term := name.rpartition(".")[2]) in least:
+                floor += least[term] * amount
+                unknown.add(name)
+        bytes_moved = moved(counts) + sum(operator.traffic * operator.calls for operator in strange)
+        return Sums(warm, chill, bytes_moved, floor), tuple(sorted(unknown))
+
+    def prediction(self, sums: Sums, unknown: tuple[str, ...], phase: Phase, whole: Sums | None = None) -> Prediction:
+        """What work of these sums takes as a part of a whole, by default of itself; it has the whole's interval."""
+        whole = whole or sums
+        share = self._share(whole.moved, phase)
+        known, floor = sums.known(share), sums.floor
+        low, high = self._regression(phase).interval(COVERAGE, whole.known(share)) if known else (1.0, 1.0)
+        return Prediction(known + floor, known * low + floor, known * high + UNKNOWN_HIGH * floor, unknown)
 
     def held(self, spec: Spec, work: Workload, phase: Phase = "forward") -> Held | None:
         """Bytes that are held at once, weights included; None where the calibration measured none."""
         if phase not in self.memory:
             return None
         (found,) = self.memory[phase].predict([[held_bytes(spec, work, phase)]])
-        low, high = self.memory[phase].interval(COVERAGE)
+        low, high = self.memory[phase].interval(COVERAGE, found)
         return Held(float(found), float(found * low), float(found * high))
 
-    def estimator(self, phase: Phase) -> Callable[[Place], float]:
-        """The seconds of one part of a model by itself, to be added up; `growth` makes the model's of their sum."""
+    def estimator(self, phase: Phase) -> Callable[[Place], Sums]:
+        """What one part of a model adds to the sums that `seconds` makes the model's time of."""
 
-        def seconds(place: Place) -> float:
-            return self._work([pieces_of(place, phase)], phase).seconds
+        def sums(place: Place) -> Sums:
+            return self.counted([pieces_of(place, phase)], phase)[0]
 
-        return seconds
+        return sums
 
-    def growth(self, phase: Phase) -> Growth:
-        """What a model takes by the sum over its parts."""
-        return self._regression(phase).growth
-
-    def factor(self, phase: Phase, quantile: float) -> float:
-        """What a prediction is multiplied by to be a quantile of the measurements of such models."""
-        return 1.0 if quantile == 0.5 else self._regression(phase).upper(quantile)
+    def seconds(self, sums: Sums, phase: Phase, quantile: float = 0.5) -> Any:
+        """What models of these sums take, or a quantile of their measurements; it grows with each of the sums."""
+        known = sums.known(self._share(sums.moved, phase))
+        factor = 1.0 if quantile == 0.5 else self._regression(phase).upper(quantile, known)
+        return factor * known + (UNKNOWN_HIGH if quantile > 0.5 else 1.0) * sums.floor
 
     def drift(self, sentinel: float) -> float | None:
         """How many times slower the machine is than when it was calibrated, by what the sentinel takes now; None where
@@ -131,28 +162,8 @@ class Predictor:
             raise ZooError(f"{self.profile.name} was not calibrated for {phase}; its calibration has {have}")
         return self.regressions[phase]
 
-    def _work(self, parts: Iterable[Part], phase: Phase) -> _Work:
-        known, unknown = self._apart(parts, phase)
-        costs = self._costs[phase]
-        return _Work(
-            sum(costs.get(name, 0.0) * amount for name, amount in features(known, phase).items()),
-            least_seconds(unknown, self.profile, self.dtype, phase),
-            tuple(sorted({piece.kind for piece in unknown})),
-        )
-
-    def _factor(self, seconds: float, phase: Phase) -> float:
-        """What a whole takes over the sum of its parts."""
-        return self.growth(phase)(seconds) / seconds if seconds else 1.0
-
-    def _prediction(self, work: _Work, factor: float, phase: Phase) -> Prediction:
-        low, high = self._regression(phase).interval(COVERAGE)
-        known, floor = work.known, work.floor
-        return Prediction(
-            factor * (known + floor),
-            factor * (known * low + floor),
-            factor * (known * high + UNKNOWN_HIGH * floor),
-            work.unknown,
-        )
+    def _share(self, moved: Any, phase: Phase) -> Any:
+        return cold_share(moved, self.caches[phase])
 
     def _apart(self, parts: Iterable[Part], phase: Phase) -> tuple[list[Part], list[Operator]]:
         """The parts with the operators of known kinds alone, and those of others."""
@@ -173,9 +184,28 @@ class Predictor:
         }
         object.__setattr__(self, "_costs", costs)
         object.__setattr__(self, "_kinds", {phase: _kinds(found.names) for phase, found in self.regressions.items()})
+        object.__setattr__(self, "_least", {phase: self._least_of(found) for phase, found in costs.items()})
 
     _costs: Mapping[Phase, Mapping[str, float]] = field(init=False, repr=False, compare=False)
     _kinds: Mapping[Phase, set[str]] = field(init=False, repr=False, compare=False)
+    _least: Mapping[Phase, Mapping[str, float]] = field(init=False, repr=False, compare=False)
+
+    def _least_of(self, costs: Mapping[str, float]) -> Mapping[str, float]:
+        """What a unit of a term costs that was never timed in a kind that was: as much as by the roofline, and the
+        Python code of a component what half of those take that take time at all. Terms that add to others, for large
+        tensors or for steps, are free.
+        """
+        modules = [cost for name, cost in costs.items() if name.endswith(".modules") and cost]
+        operation, byte = 1 / self.profile.rate(self.dtype), 1 / self.profile.bandwidth
+        return {
+            "modules": statistics.median(modules) if modules else self.profile.launch,
+            "calls": self.profile.launch,
+            "flops": operation,
+            "pointwise": operation,
+            "inputs": byte,
+            "weights": byte,
+            "outputs": byte,
+        }
 
     def as_data(self) -> dict[str, Any]:
         """Everything, as data for JSON."""
@@ -186,6 +216,7 @@ class Predictor:
             "dtype": self.dtype,
             "sentinel": self.sentinel,
             "made": dict(self.made),
+            "caches": dict(self.caches),
             "phases": {phase: found.as_data() for phase, found in self.regressions.items()},
             "memory": {phase: found.as_data() for phase, found in self.memory.items()},
         }
@@ -196,6 +227,8 @@ class Predictor:
         try:
             if data["format"] != FORMAT:
                 raise ZooError(f"{file}: format {data['format']}; this zoo reads {FORMAT}; calibrate again")
+            if not data["phases"]:
+                raise ZooError(f"{file}: a calibration of nothing; `zoo device calibrate` makes one")
             wrong = {*data["phases"], *data["memory"]} - set(PHASES)
             if wrong:
                 raise ZooError(f"{file}: unknown phases {', '.join(sorted(wrong))}; known: {', '.join(PHASES)}")
@@ -203,9 +236,10 @@ class Predictor:
                 profile=parse_profile(data["profile"], file),
                 device=str(data["device"]),
                 dtype=str(data["dtype"]),
-                regressions={phase: Regression.from_data(found) for phase, found in data["phases"].items()},
-                memory={phase: Regression.from_data(found) for phase, found in data["memory"].items()},
-                sentinel=None if data["sentinel"] is None else float(data["sentinel"]),
+                regressions=_regressions(data["phases"], f"{file}: phases"),
+                caches={phase: _above_zero(data["caches"][phase], "a cache") for phase in data["phases"]},
+                memory=_regressions(data["memory"], f"{file}: memory", (COUNTED,)),
+                sentinel=None if data["sentinel"] is None else _above_zero(data["sentinel"], "the sentinel"),
                 made={str(key): str(value) for key, value in data["made"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -223,6 +257,28 @@ class Predictor:
         return path
 
 
+def _regressions(
+    data: Mapping[Phase, Any], place: str, names: tuple[str, ...] | None = None
+) -> dict[Phase, Regression]:
+    """The regressions of a file, by phase, on features of these names, if given; errors say which of them is wrong."""
+    found: dict[Phase, Regression] = {}
+    for phase, regression in data.items():
+        try:
+            found[phase] = Regression.from_data(regression)
+        except ZooError as error:
+            raise ZooError(f"{place}.{phase}: {error}") from None
+        if names is not None and found[phase].names != names:
+            raise ZooError(f"{place}.{phase}: a regression on {', '.join(found[phase].names)}, not {', '.join(names)}")
+    return found
+
+
+def _above_zero(value: Any, what: str) -> float:
+    found = float(value)
+    if not 0 < found < math.inf:
+        raise ValueError(f"{what} of {value}")
+    return found
+
+
 def _kinds(names: Iterable[str]) -> set[str]:
     """The kinds of operators that features are of."""
     terms = (name.rpartition(".") for name in names)
@@ -231,6 +287,14 @@ def _kinds(names: Iterable[str]) -> set[str]:
 
 def _without(piece: Piece, seen: set[str]) -> Piece:
     return piece._replace(operators=tuple(operator for operator in piece.operators if operator.kind in seen))
+
+
+def never_timed(unknown: Iterable[str]) -> str:
+    """What is to be said of work that a calibration does not know."""
+    return (
+        f"never timed on {', '.join(sorted(unknown))}: operators take what the roofline says, components what half of "
+        "the others take, up to four times as long"
+    )
 
 
 def load_predictor(path: Path) -> Predictor:
@@ -260,24 +324,19 @@ class PredictedLatency:
         return self.predictor.regressions.keys()
 
     def latency(self, spec: Spec, context: Context, phase: Phase = "forward", quantile: float = 0.5) -> LatencyFigure:
-        found = self.predictor.predict(parts_of(spec, self._work(context), phase), phase)
+        parts = parts_of(spec, self._work(context), phase)
+        sums, unknown = self.predictor.counted(parts, phase)
+        found = self.predictor.prediction(sums, unknown, phase)
         fresh = set(found.unknown) - self._warned
         if fresh:
             self._warned |= fresh
-            warnings.warn(
-                f"{self.predictor.profile.name} was never timed on {', '.join(sorted(fresh))}; the roofline answers "
-                "for it, with a wide interval",
-                stacklevel=2,
-            )
-        factor = self.predictor.factor(phase, quantile)
-        if not math.isfinite(factor):
+            warnings.warn(f"{self.predictor.profile.name} was {never_timed(fresh)}", stacklevel=2)
+        seconds = float(self.predictor.seconds(sums, phase, quantile))
+        if not math.isfinite(seconds):
             raise ZooError(
                 f"{len(self.predictor.regressions[phase].errors)} timed models are too few to tell the quantile "
                 f"{quantile}; calibrate with a larger budget"
             )
-        seconds = found.seconds * factor
-        if found.unknown and quantile > 0.5:
-            seconds = max(seconds, found.high)
         return LatencyFigure(seconds, found.low, found.high, "predicted", self.predictor.profile.name)
 
     def held(self, spec: Spec, context: Context, phase: Phase = "forward") -> Held | None:

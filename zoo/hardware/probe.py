@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,41 +11,66 @@ from zoo.device import Device
 from zoo.hardware.profile import Profile
 from zoo.latency import Case, measure
 
-MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
-COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
-"""Bytes of a copy, beyond what caches hold."""
-DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")}
+SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
+"""Sides of square matrices, of which the best counts: small ones start slowly, large ones leave caches."""
+MOVED = {"cpu": 1 << 26, "cuda": 1 << 30}
+"""Bytes that are copied and read, beyond what caches hold."""
+DTYPES = {"cpu": ("float32", "bfloat16", "float64"), "cuda": ("float32", "bfloat16", "float16")}
+MOST_SECONDS = 1.0
+"""Seconds of timed runs of one product, which a processor without instructions for a dtype needs for two."""
+
+ENOUGH = 1 << 50
+"""Bytes of memory that a system is taken to have that does not say."""
 
 
-def probe(device: Device, *, side: int | None = None, copied: int | None = None, repeats: int = 10) -> Profile:
-    """Measure a device: the fastest of `repeats` runs of square matrix products, copies, and additions of one number.
+def probe(
+    device: Device, *, sides: Sequence[int] | None = None, moved: int | None = None, repeats: int = 10
+) -> Profile:
+    """Measure a device: the fastest of `repeats` runs of square matrix products, of a copy and a sum of what no cache
+    holds, and of additions of one number.
 
     Takes some seconds. What else the machine does makes the figures worse, never better.
     """
-    side, copied = side or MATRIX_SIDE[device.kind], copied or COPIED[device.kind]
-    cases: dict[str, Case] = {}
-    for name in DTYPES[device.kind]:
-        a, b = (torch.randn(side, side, device=device.name).to(getattr(torch, name)) for _ in range(2))
-        cases[name] = _product(a, b)
-    source = torch.ones(copied // 4, device=device.name)
+    sides, moved = sides or SIDES[device.kind], moved or MOVED[device.kind]
+    rates = {name: max(_rate(device, name, side, repeats) for side in sides) for name in DTYPES[device.kind]}
+    source = torch.ones(moved // 4, device=device.name)
     target, one = torch.empty_like(source), torch.ones((), device=device.name)
-    cases["copy"] = lambda: target.copy_(source)
-    # Many at once, so that the clock does not count.
-    cases["launch"] = lambda: [one.add_(1.0) for _ in range(100)]
-    timings = measure(cases, device=device, repeats=repeats, min_seconds=0.0)
-    best = {name: min(timing.runs) for name, timing in timings.items()}
+    best = _best(
+        {
+            "copy": lambda: target.copy_(source),
+            "read": source.sum,
+            # Many at once, so that the clock does not count.
+            "launch": lambda: [one.add_(1.0) for _ in range(100)],
+        },
+        device,
+        repeats,
+    )
     return Profile(
         name=re.sub(r"[^a-z0-9]+", "-", device.processor.lower()).strip("-") or device.kind,
         title=str(device).partition(": ")[2],
         kind=device.kind,
         source="probed",
-        peak={name: 2 * side**3 / best[name] for name in DTYPES[device.kind]},
-        bandwidth=2 * copied / best["copy"],
-        memory=float(device.memory or 0) or 1.0,
+        peak=_in_order(rates),
+        bandwidth=max(2 * moved / best["copy"], moved / best["read"]),
+        memory=float(device.memory or ENOUGH),
         launch=best["launch"] / 100,
         fingerprint=device.id,
     )
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> Case:
-    return lambda: a @ b
+def _rate(device: Device, dtype: str, side: int, repeats: int) -> float:
+    """Operations a second in the product of two square matrices."""
+    a, b = (torch.randn(side, side, device=device.name).to(getattr(torch, dtype)) for _ in range(2))
+    return 2 * side**3 / _best({"product": lambda: a @ b}, device, repeats)["product"]
+
+
+def _best(cases: Mapping[str, Case], device: Device, repeats: int) -> dict[str, float]:
+    """Seconds of the fastest run of each."""
+    timings = measure(cases, device=device, repeats=repeats, min_seconds=0.0, max_seconds=MOST_SECONDS, warmup=1)
+    return {name: min(timing.runs) for name, timing in timings.items()}
+
+
+def _in_order(rates: Mapping[str, float]) -> dict[str, float]:
+    """Half precision is as fast as float32 at least, in which it can be computed, and float64 at most."""
+    full = rates["float32"]
+    return {name: min(rate, full) if name == "float64" else max(rate, full) for name, rate in rates.items()}

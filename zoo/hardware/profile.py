@@ -14,6 +14,7 @@ itself is a `SpecError` with the line and column of everything that is wrong.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Literal
 
 from zoo.accounting import ALIASES, ELEMENT_BYTES
 from zoo.errors import Problem, SpecError, ZooError, did_you_mean
-from zoo.quantity import Dimension, exact_quantity, format_quantity, parse_quantity
+from zoo.quantity import EXAMPLES, Dimension, exact_quantity, format_quantity, parse_quantity
 from zoo.spec.source import parse_yaml, read_text
 from zoo.spec.tree import Tree
 
@@ -39,7 +40,7 @@ QUANTITIES: Mapping[str, Dimension] = {
 """Fields that are quantities; rates are per second."""
 REQUIRED = ("name", "kind", "source", "peak", "bandwidth", "memory", "launch")
 TEXTS = ("name", "title", "kind", "source", "fingerprint")
-CHOICES = {"kind": ("cpu", "cuda"), "source": ("published", "probed", "calibrated")}
+CHOICES = {"kind": ("cpu", "cuda"), "source": ("published", "probed")}
 RATES = (*ELEMENT_BYTES, "int8")
 
 
@@ -56,7 +57,7 @@ class Profile:
     name: str
     title: str
     kind: Kind
-    source: Literal["published", "probed", "calibrated"]
+    source: Literal["published", "probed"]
     peak: Mapping[str, float]
     bandwidth: float
     memory: float
@@ -67,30 +68,37 @@ class Profile:
     sources: tuple[str, ...] = field(default=())
 
     def rate(self, dtype: str) -> float:
-        """Operations a second in a dtype; for one without a rate that of the narrowest wider one.
+        """Operations a second in a dtype; for one without a rate that of float32, of which float64 gets half.
 
-        Half precision is computed in float32 where a device has no instructions for it.
+        Half precision is computed in float32 where a device has no instructions for it, and no device computes more
+        than half as many numbers that are twice as wide.
         """
         name = ALIASES.get(dtype, dtype)
+        if name not in RATES:
+            raise ZooError(f"unknown dtype {dtype!r}{did_you_mean(dtype, [*RATES, *ALIASES])}")
         if name in self.peak:
             return self.peak[name]
-        wider = [known for known in ("float32", "float64") if known in self.peak]
-        if name not in RATES or not wider:
-            raise ZooError(f"{self.name} has no rate for {dtype}; known: {', '.join(self.peak)}")
-        return self.peak[wider[0]]
+        return self.peak["float32"] / 2 if name == "float64" else self.peak["float32"]
 
     def as_yaml(self) -> str:
         """The file that loads to this profile."""
         rates = ", ".join(f"{name}: {_said(rate, 'flops')}" for name, rate in self.peak.items())
-        lines = [f"name: {self.name}", f"title: {self.title}", f"kind: {self.kind}", f"source: {self.source}"]
-        lines.append(f"peak: {{{rates}}}")
+        lines = [f"name: {_quoted(self.name)}", f"title: {_quoted(self.title)}"]
+        lines += [f"kind: {self.kind}", f"source: {self.source}", f"peak: {{{rates}}}"]
         for name, dimension in QUANTITIES.items():
             value = getattr(self, name)
             if value is not None:
                 lines.append(f"{name}: {_said(value, dimension)}")
         if self.fingerprint is not None:
-            lines.append(f'fingerprint: "{self.fingerprint}"')
+            lines.append(f"fingerprint: {_quoted(self.fingerprint)}")
+        if self.sources:
+            lines += ["sources:", *(f"- {_quoted(source)}" for source in self.sources)]
         return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A text as YAML takes it whatever is in it: JSON's strings are YAML's."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _said(value: float, dimension: Dimension) -> str:
@@ -153,7 +161,7 @@ class _Reader:
             if key in self.tree.entries
         }
         peak = dict(self.rates())
-        sources = self.tree.entries.get("sources", Tree([]))
+        sources = tuple(self.sources())
         self.contradictions(quantities, peak)
         if self.problems:
             return None
@@ -161,7 +169,7 @@ class _Reader:
             **{"title": texts["name"], **texts},  # type: ignore[arg-type]
             **quantities,  # type: ignore[arg-type]
             peak=peak,
-            sources=tuple(str(item.value) for item in sources.items),
+            sources=sources,
         )
 
     def note(self, path: str, message: str, node: Tree) -> None:
@@ -181,8 +189,8 @@ class _Reader:
     def quantity(self, path: str, node: Tree, dimension: Dimension) -> float:
         value = node.value
         try:
-            if isinstance(value, bool) or not isinstance(value, int | float | str):
-                raise ZooError(f"expected a number with a unit; got {value!r}")
+            if not isinstance(value, str) or not any(map(str.isalpha, value)):
+                raise ZooError(f"expected a number with a unit, {EXAMPLES[dimension]}; got {value!r}")
             found = parse_quantity(str(value), dimension)
             if not (math.isfinite(found) and found > 0):
                 raise ZooError(f"expected a number above zero; got {value}")
@@ -190,6 +198,15 @@ class _Reader:
             self.note(path, str(error), node)
             return math.nan
         return found
+
+    def sources(self) -> Iterator[str]:
+        node = self.tree.entries.get("sources", Tree([]))
+        if not isinstance(node.value, list):
+            self.note("sources", f"expected a list of texts; got {node.value!r}", node)
+        for index, item in enumerate(node.items):
+            if not isinstance(item.value, str):
+                self.note(f"sources.{index}", f"expected a text; got {item.value!r}", item)
+            yield str(item.value)
 
     def rates(self) -> Iterator[tuple[str, float]]:
         node = self.tree.entries.get("peak", Tree({}))

@@ -2,15 +2,14 @@
 
 Every term of the sum is a figure that is known beforehand, such as multiplications, bytes or launches, so a coefficient
 is a cost per unit, and cannot be negative. Few measurements are enough, fewer still with another device as a prior.
-What times do that no sum can say, such as to grow faster than the work once caches are too small for all of it, is
-learned behind the sum, where that predicts measurements better that were held out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Self
 
@@ -30,12 +29,19 @@ FOLDS = 20
 """Into how many groups wholes are divided, each predicted from the parts of all others."""
 SHRINKAGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of a prior that leave-one-out error chooses from."""
-GAIN = 0.05
-"""The share by which errors of what was held out have to fall for a growth to be kept."""
-FEWEST_GROWN = 30
-"""Measurements, or wholes, from which on a growth is looked for."""
-MOST_GROWTH = 0.5
-"""The power beyond which a growth is none of caches but of a wrong sum."""
+RIDGE = 1e-9
+"""The strength with which costs are drawn to zero that nothing is known of: no more than tells features apart that are
+multiples of each other.
+"""
+FEWEST_SCALED = 30
+"""Errors from which on they tell whether they change with the size of what is predicted."""
+LEAST_ERROR = 0.1
+"""What is added to errors whose logarithm is fitted, in shares of their median, so that those near zero do not decide.
+"""
+TELLING = 2.0
+"""Standard deviations that a power is off zero by for it to be told from none."""
+MOST_POWER = 0.5
+"""The power beyond which errors change with something else than the size of a prediction."""
 ROUNDING = 1e-9
 """What a rank may be off by, as `(1 - 0.9) / 2` is off from 0.05."""
 LEAST_NOISE = 1e-4
@@ -43,88 +49,98 @@ LEAST_NOISE = 1e-4
 
 
 @dataclass(frozen=True)
-class Growth:
-    """What is learned behind a sum `s` of seconds: a time is `s (s / pivot)^power`, for sums from `low` to `high`.
-
-    Beyond these, which are those that it was learned from, times grow as the sums do.
+class Scale:
+    """How far errors of a prediction of `s` seconds reach, beside those of one of `pivot`: `(s / pivot)^power`, for `s`
+    from `low` to `high`; beyond them as at the ends.
     """
 
-    power: float
-    pivot: float
-    low: float
-    high: float
+    power: float = 0.0
+    pivot: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
 
-    def __call__(self, seconds: float) -> float:
-        """The time for a sum; it grows with the sum."""
-        return seconds * (min(max(seconds, self.low), self.high) / self.pivot) ** self.power
-
-    def inverse(self, time: float) -> float:
-        """The sum that has a time."""
-        if self(self.low) < time < self(self.high):
-            return self.pivot * (time / self.pivot) ** (1 / (1 + self.power))
-        end = self.low if time <= self(self.low) else self.high
-        return time * (end / self.pivot) ** -self.power
-
-
-PROPORTIONAL = Growth(0.0, 1.0, 1.0, 1.0)
-"""Nothing is learned: a time is the sum."""
+    def __call__(self, seconds: ArrayLike) -> Any:
+        return (np.clip(seconds, self.low, self.high) / self.pivot) ** self.power
 
 
 @dataclass(frozen=True)
 class Regression:
-    """`seconds = growth(sum_j coefficients_j features_j)`, what is known of its errors, and how sure the coefficients
-    are.
+    """`seconds = sum_j coefficients_j features_j`, what is known of its errors, and how sure the coefficients are.
 
     names: of the features. covariance: of the coefficients, `[features, features]`, as far as those above zero vary;
-    errors: relative errors of each measurement, or each whole of parts, as predicted without it. shrinkage: the
-    strength of the prior.
+    errors: relative errors of each measurement, or each whole of parts, as `predicted` without it, in seconds.
+    shrinkage: the strength of the prior.
     """
 
     names: tuple[str, ...]
     coefficients: Floats
     covariance: Floats
     errors: Floats
+    predicted: Floats
     shrinkage: float = 0.0
-    growth: Growth = PROPORTIONAL
 
     def predict(self, features: ArrayLike) -> Floats:
         """Seconds for `[rows, features]`."""
-        return np.array([self.growth(float(each)) for each in self.sums(features)])
-
-    def sums(self, features: ArrayLike) -> Floats:
-        """What adds up over the parts of a whole, for `[rows, features]`."""
         return np.asarray(features, dtype=np.float64) @ self.coefficients
 
-    def spread(self, coverage: float) -> float:
-        """The relative error that a new measurement exceeds with probability `1 - coverage`.
+    def upper(self, quantile: float, seconds: ArrayLike | None = None) -> Any:
+        """The factors on predictions of so many `seconds` below which a share `quantile` of new measurements lies.
 
-        The quantile of the errors that a conformal interval takes: the `ceil((n + 1) coverage)`-th smallest of `n`
-        (Vovk et al. 2005; on leave-one-out errors, Barber et al. 2021, arXiv 1905.02928). Infinite where there are too
-        few measurements to say.
+        The `ceil((n + 1) quantile)`-th smallest of `n` errors, as a conformal interval takes it (Vovk et al. 2005; on
+        leave-one-out errors, Barber et al. 2021, arXiv 1905.02928): of logarithms of measured over predicted times,
+        each over its `scale` (Lei et al. 2018, arXiv 1604.04173, section 5.2). Infinite where there are too few
+        measurements to say. Times the predictions they grow with these.
         """
-        if not 0 < coverage < 1:
-            raise ZooError(f"a coverage lies between 0 and 1, found {coverage}")
-        rank = math.ceil((len(self.errors) + 1) * coverage - ROUNDING)
-        return math.inf if rank > len(self.errors) else float(np.sort(np.abs(self.errors))[rank - 1])
-
-    def upper(self, quantile: float) -> float:
-        """The factor on a prediction below which a share `quantile` of new measurements lies."""
         if not 0 < quantile < 1:
             raise ZooError(f"a quantile lies between 0 and 1, found {quantile}")
         rank = math.ceil((len(self.errors) + 1) * quantile - ROUNDING)
-        return math.inf if rank > len(self.errors) else 1 + float(np.sort(self.errors)[rank - 1])
+        return self._factor(math.inf if rank > len(self.errors) else self._scores[rank - 1], seconds)
 
-    def lower(self, quantile: float) -> float:
-        """The factor on a prediction above which a share `1 - quantile` of new measurements lies; 0 where unknown."""
+    def lower(self, quantile: float, seconds: ArrayLike | None = None) -> Any:
+        """The factors on predictions above which a share `1 - quantile` of new measurements lies; 0 where unknown."""
         rank = math.floor((len(self.errors) + 1) * quantile + ROUNDING)
-        return 0.0 if rank < 1 else 1 + float(np.sort(self.errors)[rank - 1])
+        return self._factor(-math.inf if rank < 1 else self._scores[rank - 1], seconds)
 
-    def interval(self, coverage: float) -> tuple[float, float]:
-        """The factors on a prediction between which a share `coverage` of new measurements lies, as many beyond either
-        end.
+    def interval(self, coverage: float, seconds: ArrayLike | None = None) -> tuple[Any, Any]:
+        """The factors on predictions between which a share `coverage` of new measurements lies, as many beyond either
+        end; by default on those of a usual size. Where there are too few errors to tell one end from the other, both
+        are equally far away.
         """
-        outside = (1 - coverage) / 2
-        return self.lower(outside), self.upper(1 - outside)
+        outside, count = (1 - coverage) / 2, len(self.errors) + 1
+        rank = math.ceil(count * coverage - ROUNDING)
+        if count * outside + ROUNDING >= 1 or rank >= count:
+            return self.lower(outside, seconds), self.upper(1 - outside, seconds)
+        furthest = float(np.sort(np.abs(self._scores))[rank - 1])
+        return self._factor(-furthest, seconds), self._factor(furthest, seconds)
+
+    def _factor(self, score: float, seconds: ArrayLike | None) -> Any:
+        """The factor of a score: no further from one than leaves a longer prediction's larger than a shorter one's."""
+        power = abs(self.scale.power)
+        if seconds is None or not power or math.isinf(score):
+            return math.exp(score)
+        return np.exp(np.clip(score * self.scale(seconds), -1 / power, 1 / power))
+
+    @cached_property
+    def _scores(self) -> Floats:
+        return np.sort(np.log1p(self.errors) / self.scale(self.predicted))
+
+    @cached_property
+    def scale(self) -> Scale:
+        """How errors change with the size of a prediction: the power that fits their logarithms, where there are
+        enough to tell that from none.
+        """
+        if len(self.errors) < FEWEST_SCALED:
+            return Scale()
+        reach = np.abs(np.log1p(self.errors))
+        logs, sizes = np.log(self.predicted), np.log(reach + max(LEAST_ERROR * float(np.median(reach)), LEAST_NOISE))
+        away = logs - logs.mean()
+        power = float(away @ sizes / max(float(away @ away), 1e-300))
+        left = sizes - sizes.mean() - power * away
+        deviation = math.sqrt(float(left @ left) / (len(logs) - 2) / max(float(away @ away), 1e-300))
+        if abs(power) < TELLING * deviation:
+            return Scale()
+        power = min(max(power, -MOST_POWER), MOST_POWER)
+        return Scale(power, math.exp(logs.mean()), float(self.predicted.min()), float(self.predicted.max()))
 
     def widened(self, names: Sequence[str]) -> Self:
         """The same over more features, of which those that it does not know cost nothing."""
@@ -136,7 +152,7 @@ class Regression:
 
     def judged(self, rows: NDArray[np.bool_]) -> Self:
         """The same, whose errors are those of some of the measurements only."""
-        return replace(self, errors=self.errors[rows])
+        return replace(self, errors=self.errors[rows], predicted=self.predicted[rows])
 
     @property
     def error(self) -> float:
@@ -149,10 +165,10 @@ class Regression:
         return {
             "names": list(self.names),
             "coefficients": _rounded(self.coefficients),
-            "covariance": [_rounded(row) for row in self.covariance[np.ix_(active, active)]],
+            "covariance": [_rounded(row, 3) for row in self.covariance[np.ix_(active, active)]],
             "errors": _rounded(self.errors),
+            "predicted": _rounded(self.predicted),
             "shrinkage": self.shrinkage,
-            "growth": asdict(self.growth),
         }
 
     @classmethod
@@ -160,29 +176,35 @@ class Regression:
         """What `as_data` gave; a `ZooError` says what is missing or does not fit."""
         try:
             names = tuple(map(str, data["names"]))
-            arrays = (np.asarray(data[key], dtype=np.float64) for key in ("coefficients", "covariance", "errors"))
-            coefficients, among_active, errors = arrays
-            growth = Growth(**{key: float(value) for key, value in data["growth"].items()})
+            keys = ("coefficients", "covariance", "errors", "predicted")
+            coefficients, among_active, errors, predicted = (np.asarray(data[key], dtype=np.float64) for key in keys)
             shrinkage = float(data["shrinkage"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ZooError(f"no regression: {type(error).__name__}: {error}") from None
         count, active = len(names), np.flatnonzero(coefficients)
-        if coefficients.shape != (count,) or errors.ndim != 1:
+        if len(set(names)) < count:
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ZooError(f"a regression that has {', '.join(twice)} twice")
+        if coefficients.shape != (count,) or errors.ndim != 1 or predicted.shape != errors.shape:
             raise ZooError(f"a regression on {count} features whose coefficients or errors have other sizes")
+        if not (np.isfinite(errors).all() and (errors > -1).all()):
+            raise ZooError("the errors of a regression are shares by which times exceed predictions, above -1")
+        if len(errors) < 2 or not (np.isfinite(predicted).all() and (predicted > 0).all()):
+            raise ZooError("a regression has predicted two measurements at least, finite and above zero")
         if not np.isfinite(coefficients).all() or (coefficients < 0).any():
             raise ZooError("the coefficients of a regression are costs, finite and not negative")
         if among_active.size != len(active) ** 2:
             raise ZooError(f"a regression with {len(active)} costs above zero whose covariance has other sizes")
-        if not (-1 < growth.power < math.inf and 0 < growth.pivot < math.inf and 0 < growth.low <= growth.high):
-            raise ZooError(f"times grow with the sums that they follow from, found {growth}")
+        if not (np.isfinite(among_active).all() and (among_active.reshape(len(active), -1).diagonal() >= 0).all()):
+            raise ZooError("a covariance is finite, and no variance is below zero")
         covariance = np.zeros((count, count))
         covariance[np.ix_(active, active)] = among_active.reshape(len(active), len(active))
-        return cls(names, coefficients, covariance, errors, shrinkage, growth)
+        return cls(names, coefficients, covariance, errors, predicted, shrinkage)
 
 
-def _rounded(values: Floats) -> list[float]:
+def _rounded(values: Floats, digits: int = 6) -> list[float]:
     """With more digits than any measurement has."""
-    return [float(f"{value:.6g}") for value in values]
+    return [float(f"{value:.{digits}g}") for value in values]
 
 
 @dataclass(frozen=True)
@@ -216,9 +238,8 @@ def fit(
     units of its mean share; `p` is the prior's coefficients scaled to these times, the second sum is over the features
     that the prior knows, and `s` is chosen by leave-one-out error. `w` is one or, where rows are parts of `wholes`, the
     share of a row in its whole; then the coefficients are scaled so that half of the wholes take longer than predicted,
-    and errors are those of wholes that the fit has not seen. A `Growth` behind the sum is fitted to what was held out,
-    and kept where it predicts that better, each part of it from the growth of the rest.
-    Features that never occur keep the prior's cost, or zero. O(rows features^2) for each of a few solutions.
+    and errors are those of wholes that the fit has not seen. Features that never occur keep the prior's cost, or zero.
+    O(rows features^2) for each of a few solutions.
 
     Raises `ZooError` for sizes that do not fit, and for times or features that are negative or not finite.
     """
@@ -235,29 +256,7 @@ def fit(
     absent = ~given.any(axis=0)
     coefficients = np.where(absent, start, coefficients)
     took = times if wholes is None else wholes.seconds
-    growth, errors = _grown(took / (1 + errors), errors)
-    return Regression(tuple(names), coefficients, covariance, errors, strength, growth)
-
-
-def _grown(sums: Floats, errors: Floats) -> tuple[Growth, Floats]:
-    """The growth behind sums of what was held out, and the errors that are left with it: none, and the same, where they
-    hardly become less.
-    """
-    if len(errors) < FEWEST_GROWN:
-        return PROPORTIONAL, errors
-    pivot = float(np.median(sums))
-    logs, wanted = np.log(sums / pivot), np.log1p(errors)
-    left = np.empty(len(errors))
-    for few in _few(len(errors)):
-        rest = np.delete(np.arange(len(errors)), few)
-        left[few] = np.expm1(wanted[few] - _power(logs[rest], wanted[rest]) * logs[few])
-    if np.abs(left).mean() > (1 - GAIN) * np.abs(errors).mean():
-        return PROPORTIONAL, errors
-    return Growth(_power(logs, wanted), pivot, float(sums.min()), float(sums.max())), left
-
-
-def _power(x: Floats, y: Floats) -> float:
-    return min(max(slope(x, y), -MOST_GROWTH), MOST_GROWTH)
+    return Regression(tuple(names), coefficients, covariance, errors, took / (1 + errors), strength)
 
 
 def slope(x: Floats, y: Floats) -> float:
@@ -267,12 +266,6 @@ def slope(x: Floats, y: Floats) -> float:
         found = float((weights * x * y).sum() / max(float((weights * x * x).sum()), 1e-300))
         weights, _ = _huber(y - found * x)
     return found
-
-
-def without(regression: Regression, *names: str) -> Regression:
-    """The same with some features costing nothing."""
-    kept = np.array([name not in names for name in regression.names])
-    return replace(regression, coefficients=np.where(kept, regression.coefficients, 0.0))
 
 
 def _check(features: Floats, seconds: Floats, names: Sequence[str], prior: Regression | None) -> None:
@@ -321,7 +314,8 @@ def _solved(
     shares = features / unit / seconds[:, None]
     anchor = prior * unit
     # A share of the whole is what the prior may differ by, whatever the feature's unit.
-    penalty = np.where(known, math.sqrt(strength * len(seconds)) / float(np.median(seconds)), 0.0)
+    strengths = np.where(known, max(strength, RIDGE), RIDGE)
+    penalty = np.sqrt(strengths * len(seconds)) / float(np.median(seconds))
     importance = np.ones(len(seconds)) if wholes is None else np.sqrt(seconds / wholes.seconds[wholes.of])
     weights = importance
     for _ in range(ROUNDS):
@@ -386,7 +380,5 @@ def _up_to(problems: Sequence[Floats]) -> Iterator[Floats]:
 
 def _least(problem: Floats, anchor: Floats, penalty: Floats) -> Floats:
     """Its non-negative solution, near `anchor` as far as the `penalty` on each coefficient says."""
-    if penalty.any():
-        problem = np.concatenate([problem, np.column_stack([np.diag(penalty), penalty * anchor])])
-    problem = _reduced(problem)
+    problem = _reduced(np.concatenate([problem, np.column_stack([np.diag(penalty), penalty * anchor])]))
     return nnls(problem[:, :-1], problem[:, -1])[0]

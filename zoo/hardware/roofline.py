@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from zoo.accounting import Place, Workload, places
+from zoo.breakdown import weight_bytes
 from zoo.hardware.features import Phase
 from zoo.hardware.profile import Profile
+from zoo.hardware.work import UPDATE, pieces_of
 from zoo.latency import Context, LatencyFigure
 from zoo.latency import Phase as TimedPhase
 
@@ -46,17 +48,28 @@ class Bounded:
         return "arithmetic" if self.arithmetic > self.memory else "memory"
 
 
-def roofline(spec: Spec, work: Workload, device: Profile, phase: Phase = "forward") -> list[Bounded]:
+def roofline(
+    spec: Spec, work: Workload, device: Profile, phase: Phase = "forward", weights: str | None = None
+) -> list[Bounded]:
     """The bound of each part, in order; the model's is their sum.
 
-    Each operator of a part takes `max(flops / peak, bytes / bandwidth) + launch` for each of its calls.
+    Each operator of a part takes `max(flops / peak, bytes / bandwidth) + launch` for each of its calls. In training
+    clipping and AdamW are operators too. weights: what weights are stored in where nobody trains them, a dtype or
+    `int2` to `int8`; by default the workload's dtype, in which arithmetic stays.
     """
-    return list(_bounded(spec, work.at(spec.context), device, phase))
+    return list(_bounded(spec, work.at(spec.context), device, phase, weights))
 
 
-def _bounded(spec: Spec, work: Workload, device: Profile, phase: Phase) -> Iterator[Bounded]:
+def _bounded(spec: Spec, work: Workload, device: Profile, phase: Phase, weights: str | None) -> Iterator[Bounded]:
     for place in places(spec.fill(), work):
-        yield bounded(place.path, place.cost(phase == "decode").operators, device, work.dtype, phase)
+        yield bounded(place.path, operators(place, work, phase, weights), device, work.dtype, phase)
+
+
+def operators(place: Place, work: Workload, phase: Phase, weights: str | None = None) -> list[Operator]:
+    """What a device meets of a part whose weights are stored in a format, where nobody trains them."""
+    stored = weight_bytes(weights) / work.element_bytes if weights and phase != "train" else 1.0
+    found = [operator for piece in pieces_of(place, phase) for operator in piece.operators]
+    return [each._replace(traffic=each.traffic - (1 - stored) * each.weights) for each in found]
 
 
 def bounded(path: str, operators: Iterable[Operator], device: Profile, dtype: str, phase: Phase) -> Bounded:
@@ -66,8 +79,8 @@ def bounded(path: str, operators: Iterable[Operator], device: Profile, dtype: st
     """
     rate = device.rate(dtype)
     arithmetic = memory = launches = 0.0
-    passes = 3 if phase == "train" else 1
     for piece in operators:
+        passes = 3 if phase == "train" and piece.kind != UPDATE else 1
         computing, moving = piece.computed(phase == "train") / rate, passes * piece.traffic / device.bandwidth
         if computing > moving:
             arithmetic += computing * piece.calls

@@ -18,7 +18,7 @@ import numpy as np
 
 from zoo.accounting import Workload
 from zoo.errors import SpecError, ZooError
-from zoo.hardware.features import Part, Phase, features
+from zoo.hardware.features import Part, Phase, cold_share, features, moved, with_cold
 from zoo.hardware.work import held_bytes, parts_of
 from zoo.spec.construct import construct
 from zoo.spec.document import read_text_as
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 1, 2, 4, 8)
+CACHE = 8 * 2**20
+"""Bytes of the cache of a device that nothing is known of yet."""
 TRIES = 50
 """Draws of a template until one is valid."""
 RIDGE = 1e-6
@@ -79,8 +81,9 @@ class Sample:
 
     @cached_property
     def known(self) -> dict[str, float]:
-        """The features of its forward pass."""
-        return features(self.parts("forward"))
+        """The features of its forward pass, with what is cold on a device of an ordinary cache."""
+        counts = features(self.parts("forward"))
+        return with_cold(counts, cold_share(moved(counts), CACHE))
 
 
 def templates() -> list[Template]:

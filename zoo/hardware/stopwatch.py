@@ -93,7 +93,7 @@ class DeviceStopwatch:
     def sentinel(self) -> float:
         """Seconds of the sentinel by itself, to tell how fast the machine is now."""
         with kept_memory():
-            return _paced(self._measured({"sentinel": self.pace}, SENTINEL_RUNS))
+            return _paced(self._measured({"sentinel": self.pace}, SENTINEL_RUNS, settle=0.0))
 
     def _measured(self, cases: Mapping[str, Case], repeats: int, settle: float = SETTLE_SECONDS) -> dict[str, Timing]:
         return measure(

@@ -50,15 +50,18 @@ def find_predictor(name: str, dtype: str = "float32", threads: int | None = None
     """
     dtype = ALIASES.get(dtype, dtype)
     if name.endswith(".json"):
-        return load_predictor(Path(name))
+        found = load_predictor(Path(name))
+        if found.dtype != dtype:
+            raise ZooError(f"{name}: calibrated in {found.dtype}, not in {dtype}")
+        return found
     if name.partition(":")[0] in ("cpu", "cuda"):
         return _of_this_machine(resolve_device(name, threads), dtype)
-    found = list(calibrations())
-    for _, predictor in found:
+    stored = list(calibrations())
+    for _, predictor in stored:
         if predictor.profile.name == name and predictor.dtype == dtype:
             return predictor
-    names = sorted({predictor.profile.name for _, predictor in found})
-    others = [predictor.dtype for _, predictor in found if predictor.profile.name == name]
+    names = sorted({predictor.profile.name for _, predictor in stored})
+    others = [predictor.dtype for _, predictor in stored if predictor.profile.name == name]
     if others:
         raise ZooError(f"{name} was calibrated in {', '.join(others)}, not in {dtype}")
     raise ZooError(f"no calibration of a device {name!r}{did_you_mean(name, ['cpu', 'cuda', *names])}")
@@ -67,13 +70,25 @@ def find_predictor(name: str, dtype: str = "float32", threads: int | None = None
 def _of_this_machine(device: Device, dtype: str) -> Predictor:
     path = calibration_path(device, dtype)
     if path.exists():
-        return load_predictor(path)
-    for _, predictor in calibrations():
-        if predictor.device == device.id and predictor.dtype == dtype:
-            return predictor
+        found = load_predictor(path)
+        if (found.device, found.dtype) != (device.id, dtype):
+            raise ZooError(
+                f"{path}: the calibration of {found.profile.name} ({found.device}) in {found.dtype}, where that of "
+                f"{device} ({device.id}) in {dtype} belongs; ask for it by its file"
+            )
+        return found
+    stored = {(found.device, found.dtype): found for _, found in calibrations()}
+    if (device.id, dtype) in stored:
+        return stored[device.id, dtype]
     options = f" --device {device.name}" if device.name != "cpu" else ""
     options += f" --dtype {dtype}" if dtype != "float32" else ""
+    others = [
+        threads
+        for threads in range(1, device.cores + 1 if device.kind == "cpu" else 1)
+        if (resolve_device(device.name, threads).id, dtype) in stored
+    ]
+    hint = f"; it has one for --threads {' or '.join(map(str, others))}" if others else ""
     raise ZooError(
-        f"{device} has no calibration in {dtype}; `zoo device calibrate{options} --threads {device.threads}` makes one "
-        "in five minutes"
+        f"{device} has no calibration in {dtype}{hint}; `zoo device calibrate{options} --threads {device.threads}` "
+        "makes one in five minutes"
     )

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from zoo.device import is_here, resolve_device
 from zoo.errors import ZooError, did_you_mean
-from zoo.hardware.predictor import PredictedLatency
+from zoo.hardware.predictor import PredictedLatency, Sums
 from zoo.hardware.profile import load_profile, profile_names
 from zoo.hardware.roofline import RooflineLatency
 from zoo.hardware.roofline import estimator as bound_of
@@ -122,23 +124,22 @@ def origin(source: LatencySource, device: str, dtype: str, latency: Latency) -> 
 
 
 def from_parts(source: LatencySource, dtype: str, phase: Phase, quantile: float) -> Extra | None:
-    """The seconds that a source gives a model by the sum over its parts; None for a source that does not.
-
-    Where a model has operators of a kind that was never timed, the figure of a quantile is larger than the sum.
-    """
+    """The seconds that a source gives a model by sums over its parts; None for a source that does not."""
     if isinstance(source, Forecast):
         source = source.of(dtype)
     if isinstance(source, RooflineLatency):
-        return Extra(bound_of(source.device, dtype, phase))
+        bound = bound_of(source.device, dtype, phase)
+        return Extra(lambda place: (bound(place),))
     if not isinstance(source, PredictedLatency):
         return None
-    growth, factor = source.predictor.growth(phase), source.predictor.factor(phase, quantile)
-    if not math.isfinite(factor):
+    predictor = source.predictor
+    if not math.isfinite(predictor.seconds(Sums(1.0, 1.0, 1.0, 0.0), phase, quantile)):
         return None
+    never_timed = predictor.seconds(Sums(0.0, 0.0, 0.0, 1.0), phase, quantile)
     return Extra(
-        source.predictor.estimator(phase),
-        lambda total: factor * growth(total),
-        lambda seconds: growth.inverse(seconds / factor),
+        predictor.estimator(phase),
+        lambda sums: predictor.seconds(Sums(*np.moveaxis(sums, -1, 0)), phase, quantile),
+        [Sums(0.0, 0.0, 1.0, 0.0), *(Sums(1.0, share, 0.0, never_timed) for share in (0.0, 0.25, 0.5, 0.75, 1.0))],
     )
 
 

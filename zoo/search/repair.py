@@ -22,6 +22,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate, pairwise
 from operator import or_
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,9 +87,9 @@ def _countable(term: Term, tables: Mapping[Workload, CostTable]) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Kind:
-    """Layers that are made alike and stand alike: their positions, and what each setting adds to each term.
+    """Layers that are made alike and stand alike: their positions, and what each setting adds to the terms.
 
-    values and peaks: `[settings, terms]`.
+    values and peaks: `[settings, sums]`; most terms are one sum over the parts, some are made of several.
     """
 
     members: list[int]
@@ -103,8 +104,8 @@ class Board:
     """The layers under one assignment of the decisions outside of them.
 
     kind_of: for each layer the number of its kind. spans: the first layer of each list and the one behind its last.
-    forms: which forms layers may have, if there are several. frames: what stands around the layers adds to each term,
-    and its peak, for the forms that occur in each list.
+    forms: which forms layers may have, if there are several. frames: what stands around the layers adds to each sum,
+    and its peaks, for the forms that occur in each list.
     """
 
     units: tuple[Unit, ...]
@@ -127,7 +128,7 @@ class State:
     picks: list[int]
     base: Floats
     floor: Floats
-    values: Floats
+    sums: Floats
     violation: float
 
 
@@ -154,8 +155,12 @@ class Repair:
         self._of_term = [self.tables[workload(term)] for term in self.terms]
         self._first = next(iter(self.tables.values()))
         of_term = list(zip(self.terms, self._of_term, strict=True))
-        self._lows = np.array([table.total(column(term), term.low) for term, table in of_term])
-        self._highs = np.array([table.total(column(term), term.high) for term, table in of_term])
+        ends = [*accumulate((table.width(column(term)) for term, table in of_term), initial=0)]
+        self._spans = [slice(*span) for span in pairwise(ends)]
+        self._sums = ends[-1]
+        self._plain = not any(column(term) in table.extras for term, table in of_term)
+        self._lows = np.array([term.low for term in self.terms])
+        self._highs = np.array([term.high for term in self.terms])
         self._per_low = 1 / np.where(self._lows > 0, self._lows, 1.0)
         self._per_high = 1 / np.where(self._highs > 0, self._highs, 1.0)
         self._strict_low = np.array([term.low_strict for term in self.terms], dtype=bool)
@@ -236,11 +241,18 @@ class Repair:
         for term, table in zip(self.terms, self._of_term, strict=True):
             above = term.high < math.inf
             for largest in [False] * above + [True] * (term.low > 0 or term.low_strict):
-                value, point = table.extreme(column(term), largest=largest)
+                value, point = self._furthest(term, table, largest=largest)
                 missed = value < term.low if largest else value > term.high
                 strict = term.low_strict if largest else term.high_strict
                 if missed or (strict and value == (term.low if largest else term.high)):
                     yield self._unreachable(term, value, point, largest=largest)
+
+    def _furthest(self, term: Term, table: CostTable, *, largest: bool) -> tuple[float, Point]:
+        """The smallest or largest value of a term that is known to be reached, and where."""
+        found = [table.extreme(column(term), largest=largest)]
+        tried = zip(table.figures_of(self._tried), self._tried, strict=True)
+        found += [(figures[column(term)], point) for figures, point in tried if figures is not None]
+        return (max if largest else min)(found, key=lambda each: each[0])
 
     def _unreachable(self, term: Term, value: float, point: Point, *, largest: bool) -> str:
         shown = format_quantity(value, term.dimension)
@@ -356,7 +368,8 @@ class Repair:
             least = np.maximum(least, kind.peaks.min(axis=0))
             most = np.maximum(most, kind.peaks.max(axis=0))
         slack = 1 + ROUNDING
-        return bool((low + least <= self._highs * slack).all() and ((high + most) * slack >= self._lows).all())
+        low, high = self._figures(low + least), self._figures(high + most)
+        return bool((low <= self._highs * slack).all() and (high * slack >= self._lows).all())
 
     def _starts(self, point: Point, rng: random.Random) -> Iterator[State]:
         """States under one assignment of the decisions outside of layers: the extremes of each term, then any."""
@@ -365,12 +378,14 @@ class Repair:
         if board is None or not self._within_reach(board, point):
             return
         drawn: list[list[int]] = []
+        # Settings are compared as models of nothing else, since what a layer costs may depend on all of them.
+        scored = [self._figures(len(board.units) * (kind.values + kind.peaks)) for kind in board.kinds]
         for number, term in enumerate(self.terms):
             for sign in [1] * (term.high < math.inf) + [-1] * (term.low > 0):
                 for form in board.forms:
                     kept = [kind.options.of_form(form) for kind in board.kinds]
                     if all(map(len, kept)):
-                        scores = [sign * (kind.values + kind.peaks)[:, number] for kind in board.kinds]
+                        scores = [sign * figures[:, number] for figures in scored]
                         best = [int(keep[np.argmin(score[keep])]) for keep, score in zip(kept, scores, strict=True)]
                         drawn.append([best[kind] for kind in board.kind_of])
         while len(drawn) < STARTS:
@@ -409,36 +424,36 @@ class Repair:
         return Board(units, [*kinds.values()], kind_of, spans, alternatives([k.options for k in kinds.values()]), {})
 
     def _frame(self, board: Board, picks: list[int], outside: Point) -> tuple[Floats, Floats]:
-        """What stands around the layers adds to each term, and its peak: that hangs on the forms of the layers."""
+        """What stands around the layers adds to each sum, and its peaks: that hangs on the forms of the layers."""
         key: tuple[int, ...] = ()
         if len(board.forms) > 1:
             bits = [board.kinds[kind].options.forms[pick] for kind, pick in zip(board.kind_of, picks, strict=True)]
             key = tuple(reduce(or_, bits[start:stop], 0) for start, stop in board.spans)
         if key not in board.frames:
             point = self.space.normalised(self._placed(board, picks, outside))
-            base, floor = np.zeros(len(self.terms)), np.zeros(len(self.terms))
-            for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
+            base, floor = np.zeros(self._sums), np.zeros(self._sums)
+            for span, term, table in zip(self._spans, self.terms, self._of_term, strict=True):
                 frame = table.frame(point)
                 if frame is None:
                     return base, floor
                 sums, peaks = frame
-                weights, peak = table.linear(column(term), table.layout(point).surroundings.work)
-                base[number] = (sums @ weights).sum()
-                floor[number] = (peaks @ peak).max(initial=0.0)
+                weights, peak = table.sums(column(term), table.layout(point).surroundings.work)
+                base[span] = (sums @ weights).sum(axis=0)
+                floor[span] = (peaks @ peak).max(axis=0, initial=0.0)
             board.frames[key] = base, floor
         return board.frames[key]
 
     def _offered(self, unit: Unit, point: Mapping[str, Value], options: Options) -> tuple[Floats, Floats]:
-        """What each setting of a layer adds to each term, and its peak, `[settings, terms]`."""
+        """What each setting of a layer adds to each sum, and its peaks, `[settings, sums]`."""
         if id(options) not in self._offers:
-            values = np.zeros((len(options), len(self.terms)))
+            values = np.zeros((len(options), self._sums))
             peaks = np.zeros_like(values)
-            for number, (term, table) in enumerate(zip(self.terms, self._of_term, strict=True)):
+            for span, term, table in zip(self._spans, self.terms, self._of_term, strict=True):
                 layout = table.layout(point)
-                weights, peak = table.linear(column(term), layout.surroundings.work)
+                weights, peak = table.sums(column(term), layout.surroundings.work)
                 theirs = options if table is self._first else table.options(unit, point, layout)
-                values[:, number] = theirs.sums @ weights
-                peaks[:, number] = theirs.peaks @ peak
+                values[:, span] = theirs.sums @ weights
+                peaks[:, span] = theirs.peaks @ peak
             self._offers[id(options)] = options, values, peaks
         return self._offers[id(options)][1:]
 
@@ -487,8 +502,16 @@ class Repair:
         values += peaks
         return State(outside, board, picks, base, floor, values, float(self._violations(values)))
 
-    def _violations(self, values: Floats) -> Floats:
-        """Violation of all terms together, for an array of values whose last axis is the terms."""
+    def _figures(self, sums: Floats) -> Floats:
+        """The figure of each term, `[..., terms]`, of the sums `[..., sums]` of a model."""
+        if self._plain:
+            return sums
+        made = [t.made(column(term), sums[..., s]) for s, term, t in zip(self._spans, self.terms, self._of_term)]
+        return np.stack(made, axis=-1)
+
+    def _violations(self, sums: Floats) -> Floats:
+        """Violation of all terms together, for sums `[..., sums]` of models."""
+        values = self._figures(sums)
         total = (
             np.maximum(values - self._highs, 0.0) @ self._per_high
             + np.maximum(self._lows - values, 0.0) @ self._per_low
@@ -530,7 +553,7 @@ class Repair:
                 distinct, rest, alike = current, rests[kind.members], np.arange(len(current))
             else:
                 distinct, alike = np.unique(current, return_inverse=True)
-                rest = np.broadcast_to(state.floor, (len(distinct), len(self.terms)))
+                rest = np.broadcast_to(state.floor, (len(distinct), self._sums))
             after = (total - kind.values[distinct])[:, None] + kind.values + np.maximum(rest[:, None], kind.peaks)
             gain = (state.violation - self._violations(after)) / np.maximum(kind.options.distances[distinct], 1)
             if kept:
@@ -549,7 +572,7 @@ class Repair:
         """The state after the best change, or after as many of those nearly as good as it takes to meet the budget."""
         good = [change for change in changes if change.score >= changes[0].score * NEARLY_AS_GOOD]
         deltas = [kind.values[pick] - kind.values[state.picks[position]] for _, position, kind, pick in good]
-        ahead = self._violations(state.values + np.cumsum(deltas, axis=0))
+        ahead = self._violations(state.sums + np.cumsum(deltas, axis=0))
         for count in dict.fromkeys((int(np.argmin(ahead)) + 1, 1)):
             picks = list(state.picks)
             for change in good[:count]:
@@ -563,7 +586,7 @@ class Repair:
         """The values without peaks, and for each layer the largest peak of everything else."""
         board = state.board
         total = state.base.copy()
-        peaks = np.zeros((len(board.units) + 1, len(self.terms)))
+        peaks = np.zeros((len(board.units) + 1, self._sums))
         peaks[-1] = state.floor
         for kind in board.kinds:
             picked = [state.picks[position] for position in kind.members]
@@ -666,7 +689,7 @@ class Repair:
         first, second = first[apart], second[apart]
         if not len(first):
             return None
-        peak = state.values - total
+        peak = state.sums - total
         after = self._violations(total + peak + changes[first] + changes[second])
         for index in np.argsort(after)[:8]:
             picks = list(state.picks)

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from itertools import chain, islice, takewhile, zip_longest
+from itertools import accumulate, chain, islice, pairwise, product, takewhile, zip_longest
 from operator import itemgetter, or_
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,6 +53,8 @@ DRAWS = 64
 """Points that are drawn to find an extreme where layers cannot be told apart."""
 SURVEYS = 4
 """How many points are drawn to find a valid one with the same surroundings; then as many whose layers are alike."""
+LESS = 1e-9
+"""By what share a figure has to be less for a descent to go on."""
 MAX_ROWS = 200_000
 """Rows, ways to them, and whole candidates that are remembered before everything is forgotten."""
 
@@ -71,20 +73,20 @@ Frame = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """A figure of a model that follows from a sum over its parts.
+    """A figure of a model that follows from sums over its parts.
 
-    part: what a part adds. whole: the figure of a sum, which grows with it. inverse: the sum of a figure.
+    part: what a part adds to each sum. whole: the figures of `[..., sums]`, which grow with each of them; the only sum
+    itself by default. views: weights of the sums that make a number of each part; from the layers that are best by
+    these, models are looked for whose figure is the least or largest.
     """
 
-    part: Callable[[Place], float]
-    whole: Callable[[float], float] | None = None
-    inverse: Callable[[float], float] | None = None
+    part: Callable[[Place], Sequence[float]]
+    whole: Callable[[Floats], Floats] = itemgetter((..., 0))
+    views: Sequence[Sequence[float]] = ((1.0,),)
 
-    def figure(self, total: float) -> float:
-        return total if self.whole is None else self.whole(total)
-
-    def total(self, figure: float) -> float:
-        return figure if self.inverse is None else self.inverse(figure)
+    @property
+    def sums(self) -> int:
+        return len(self.views[0])
 
 
 class Rows:
@@ -181,9 +183,9 @@ class Layout:
 class CostTable:
     """The figures of all points of a space under one workload.
 
-    `extras` are further figures by name, such as the seconds that a model of a device gives a whole for the sum of what
-    it gives each part: that is asked for once for each part that is told apart, with an empty path where layers share
-    what was counted.
+    `extras` are further figures by name, such as the seconds that a model of a device gives a whole for sums of what it
+    gives each part: that is asked for once for each part that is told apart, with an empty path where layers share what
+    was counted.
     """
 
     def __init__(self, space: Space, work: Workload, extras: Mapping[str, Extra] | None = None) -> None:
@@ -193,6 +195,9 @@ class CostTable:
         taken = self.extras.keys() & figures(Tally(), work).keys()
         if taken:
             raise ZooError(f"an extra figure may not be called {min(taken)!r}, which is a figure of every model")
+        ends = [*accumulate((extra.sums for extra in self.extras.values()), initial=TALLY)]
+        self._spans = {name: slice(*span) for name, span in zip(self.extras, pairwise(ends))}
+        self._columns = ends[-1]
         self.separable = True
         program = space.program
         self._outside = {decision.name: decision.first for decision in program.outside}
@@ -206,8 +211,8 @@ class CostTable:
         self._known: dict[Kind, dict[Setting, int]] = {}
         self._trees: dict[tuple[Unit, Kind], Node] = {}
         self._ways = 0
-        self._rows = Rows(TALLY + len(self.extras))
-        self._rows.append([0.0] * (TALLY + len(self.extras)))
+        self._rows = Rows(self._columns)
+        self._rows.append([0.0] * self._columns)
         self._form_of: dict[int, int] = {}
         self._forms: dict[Any, int] = {}
         self._whole: dict[Any, dict[str, float] | None] = {}
@@ -223,7 +228,7 @@ class CostTable:
         parts = self._rows.values.take(rows, axis=0)
         values = np.add.reduce(parts)
         values[LARGEST] = np.maximum.reduce(parts[:, LARGEST])
-        return self._named(values.tolist(), work)
+        return self._named(self._totals(values).tolist(), work)
 
     def figures_of(self, points: Sequence[Mapping[str, Value]]) -> list[dict[str, float] | None]:
         """The figures of each of many points: their rows are gathered and added up together."""
@@ -236,7 +241,7 @@ class CostTable:
         parts = self._rows.values[np.array(rows, dtype=np.intp)]
         values = np.add.reduce(parts)
         values[..., LARGEST] = np.maximum.reduce(parts[..., LARGEST], initial=0.0)
-        summed = iter(values.tolist())
+        summed = iter(self._totals(values).tolist())
         return [each and self._named(next(summed), each[1]) for each in found]
 
     def _tidy(self) -> None:
@@ -257,15 +262,17 @@ class CostTable:
             rows[position:position] = between
         return rows, layout.surroundings.work
 
+    def _totals(self, values: Floats) -> Floats:
+        """A tally and the extra figures, `[..., tally and extras]`, of the sums over all parts."""
+        if self._columns == TALLY:
+            return values
+        extras = [extra.whole(values[..., self._spans[name]])[..., None] for name, extra in self.extras.items()]
+        return np.concatenate([values[..., :TALLY], *extras], axis=-1)
+
     def _named(self, values: list[float], work: Workload) -> dict[str, float]:
         counted = figures(Tally._make(values[:TALLY]), work)
-        for (name, extra), total in zip(self.extras.items(), values[TALLY:]):
-            counted[name] = extra.figure(total)
+        counted.update(zip(self.extras, values[TALLY:]))
         return counted
-
-    def total(self, metric: str, figure: float) -> float:
-        """The sum over the parts of a model at which a metric of a budget reaches a figure."""
-        return self.extras[metric].total(figure) if metric in self.extras else figure
 
     def layout(self, point: Mapping[str, Value]) -> Layout:
         """Which layers there are at a point; decisions that are not active there count as at their first value."""
@@ -467,7 +474,8 @@ class CostTable:
         return component
 
     def _row_of(self, place: Place, work: Workload) -> int:
-        return self._rows.append([*place.tally(work), *(extra.part(place) for extra in self.extras.values())])
+        sums = chain.from_iterable(extra.part(place) for extra in self.extras.values())
+        return self._rows.append([*place.tally(work), *sums])
 
     def _form(self, component: Component) -> int:
         """The bit that stands for the form of a layer."""
@@ -519,8 +527,8 @@ class CostTable:
     def range_of(self, metric: str) -> tuple[float, float]:
         """The smallest and the largest value of a metric that a point of the space reaches.
 
-        Exact as long as `MAX_OPTIONS` and `MAX_ASSIGNMENTS` are not exceeded and layers can be told apart; a `ZooError`
-        if no point is valid.
+        Exact as long as `MAX_OPTIONS` and `MAX_ASSIGNMENTS` are not exceeded and layers can be told apart, and the
+        metric is one sum over the parts; of several the best that descents find. A `ZooError` if no point is valid.
         """
         return self.extreme(metric)[0], self.extreme(metric, largest=True)[0]
 
@@ -574,23 +582,39 @@ class CostTable:
         layout = self.layout(point)
         if not self.separable or not self.surveyed(point):
             return None if figures is None else (figures[metric], self.space.normalised(point))
-        weights, peak = self.linear(metric, layout.surroundings.work)
+        columns, peaks = self.sums(metric, layout.surroundings.work)
+        views = self.extras[metric].views if metric in self.extras else ((1.0,),)
         options = [self.options(unit, point, layout) for unit in layout.units]
         sign = -1 if largest else 1
         best: tuple[float, Point] | None = None
-        for form in alternatives(options):
+        for form, view in product(alternatives(options), views):
             kept = [each.of_form(form) for each in options]
             if all(map(len, kept)):
+                weights, peak = columns @ view, peaks @ view
                 parts = [(o.sums[keep] @ weights, o.peaks[keep] @ peak) for o, keep in zip(options, kept, strict=True)]
                 _, picks = (largest_sum if largest else smallest_sum)(parts, float(self._floor(layout) @ peak))
-                changed = dict(point)
-                for unit, each, keep, pick in zip(layout.units, options, kept, picks, strict=True):
-                    changed |= {unit.decisions[slot].name: value for slot, value in each.settings[keep[pick]]}
-                changed = self.space.normalised(changed)
+
+                settings = [[o.settings[index] for index in keep] for o, keep in zip(options, kept, strict=True)]
+                changed = self._changed(point, layout, settings, picks)
+                frame = self.frame(changed)
+                if len(views) > 1 and frame is not None:
+                    adding = [o.sums[keep] @ columns for o, keep in zip(options, kept, strict=True)]
+                    base = (frame[0] @ columns).sum(axis=0)
+                    picks = _descended(base, adding, picks, lambda sums: sign * self.made(metric, sums))
+                    changed = self._changed(point, layout, settings, picks)
                 figures = self.figures(changed)
                 if figures is not None and (best is None or sign * figures[metric] < sign * best[0]):
                     best = figures[metric], changed
         return best
+
+    def _changed(
+        self, point: Point, layout: Layout, settings: Sequence[Sequence[Setting]], picks: Sequence[int]
+    ) -> Point:
+        """The point with the setting of each layer that is picked for it."""
+        changed = dict(point)
+        for unit, theirs, pick in zip(layout.units, settings, picks, strict=True):
+            changed |= {unit.decisions[slot].name: value for slot, value in theirs[pick]}
+        return self.space.normalised(changed)
 
     def frame(self, point: Mapping[str, Value]) -> tuple[Floats, Floats] | None:
         """What stands around the lists of layers of a valid point: `[parts, figures]` of what adds up, and
@@ -607,13 +631,25 @@ class CostTable:
         _, peaks = self._around(next(iter(layout.surroundings.frames.values())))
         return peaks.max(axis=0, initial=0.0)
 
-    def linear(self, metric: str, work: Workload) -> tuple[Floats, Floats]:
-        """A metric, or its total, as a sum: the weight of each figure that adds up, and those of the largest."""
+    def sums(self, metric: str, work: Workload) -> tuple[Floats, Floats]:
+        """What makes a metric as sums over the parts, of which most metrics have one: the weights in each of every
+        column that adds up, `[columns, sums]`, and of those of which the largest counts, `[2, sums]`."""
         if metric in self.extras:
-            return np.eye(MAXIMA + len(self.extras))[MAXIMA + list(self.extras).index(metric)], np.zeros(TALLY - MAXIMA)
+            own = np.eye(self._columns)[:, self._spans[metric]]
+            return np.delete(own, LARGEST, axis=0), own[LARGEST]
         nothing, big = figures(Tally(), work)[metric], 2.0**40
-        weights = [(figures(Tally()._replace(**{name: big}), work)[metric] - nothing) / big for name in Tally._fields]
-        return np.array([*weights[:MAXIMA], *(0.0 for _ in self.extras)]), np.array(weights[LARGEST])
+        weights = np.zeros((self._columns, 1))
+        for column, name in enumerate(Tally._fields):
+            weights[column] = (figures(Tally()._replace(**{name: big}), work)[metric] - nothing) / big
+        return np.delete(weights, LARGEST, axis=0), weights[LARGEST]
+
+    def width(self, metric: str) -> int:
+        """How many sums make a metric."""
+        return self.extras[metric].sums if metric in self.extras else 1
+
+    def made(self, metric: str, sums: Floats) -> Floats:
+        """A metric, `[...]`, of the sums `[..., sums]` that make it."""
+        return self.extras[metric].whole(sums) if metric in self.extras else sums[..., 0]
 
     def surveyed(self, point: Mapping[str, Value]) -> bool:
         """Whether it is known where the layers of a point stand; a valid one is looked for if its own are not."""
@@ -651,7 +687,8 @@ class CostTable:
         found = metrics(spec, self.work)
         if self.extras:
             parts = list(places(spec.fill(), self.work))
-            found |= {name: extra.figure(sum(map(extra.part, parts))) for name, extra in self.extras.items()}
+            for name, extra in self.extras.items():
+                found[name] = float(extra.whole(reduce(np.add, [np.array(extra.part(place)) for place in parts])))
         return found
 
     def _number(self, spot: Spot) -> int:
@@ -673,6 +710,27 @@ class CostTable:
             except SpecError:
                 self._whole[key] = None
         return self._whole[key]
+
+
+def _descended(
+    base: Floats, options: Sequence[Floats], picks: Sequence[int], figure: Callable[[Floats], Floats]
+) -> list[int]:
+    """Picks of one of the options of each layer, `[settings, sums]`, such that no other of one layer alone makes the
+    figure of all sums less.
+    """
+    picks = list(picks)
+    total = base + sum(each[pick] for each, pick in zip(options, picks, strict=True))
+    settled = False
+    while not settled:
+        settled = True
+        for layer, each in enumerate(options):
+            rest = total - each[picks[layer]]
+            figures = figure(rest + each)
+            best = int(np.argmin(figures))
+            now = figures[picks[layer]]
+            if figures[best] < now - LESS * abs(now):
+                picks[layer], total, settled = best, rest + each[best], False
+    return picks
 
 
 def alternatives(options: Sequence[Options]) -> list[int | None]:

@@ -6,9 +6,10 @@ Importing this imports no torch: what is asked for is checked first.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from zoo.accounting import ALIASES, Workload, figures, total
@@ -215,11 +216,16 @@ def _facts(row: Row, rate: float | None) -> dict[str, Any]:
         "memory": row.memory,
         "counted_memory": item.counted_memory,
         "bound": item.bound,
-        "predicted": None if predicted is None else {"seconds": predicted.seconds, "source": predicted.source},
-        "predicted_memory": None if item.predicted_memory is None else item.predicted_memory._asdict(),
+        "predicted": None if predicted is None else _interval(asdict(predicted)),
+        "predicted_memory": None if item.predicted_memory is None else _interval(item.predicted_memory._asdict()),
         "ratio": row.ratio,
         "failure": row.failure,
     }
+
+
+def _interval(figure: dict[str, Any]) -> dict[str, Any]:
+    """A figure whose interval has None for an end that is not known."""
+    return {**figure, "high": figure["high"] if math.isfinite(figure["high"]) else None}
 
 
 def _lengths(spec: Spec, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
