@@ -11,7 +11,8 @@ calibration tolerates, something else runs on the machine, and the model is time
 the calibration. Then for a bound on the 0.9 quantile of latency: of 20 models that the predictor lets pass, those
 closest to the bound, how many measure below it.
 
-A second file beside the results, `latency-models.json`, has what was predicted and measured of every model.
+A second file beside the results, `latency-models.json`, has what was predicted and measured of every model. With
+`--timed FILE` nothing is timed: the calibration of this machine, a shipped one too, predicts the models of such a file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from zoo.hardware.calibrate import DRIFT, TRIES, calibrate
 from zoo.hardware.predictor import PredictedLatency, Predictor, load_predictor
 from zoo.hardware.probe import probe
 from zoo.hardware.stopwatch import DeviceStopwatch
-from zoo.hardware.store import calibration_path, log_path
+from zoo.hardware.store import calibration_path, find_predictor, log_path
 from zoo.latency import Context, LatencyCache, LatencyFigure, MeasuredLatency, Phase, Timing
 from zoo.model import build
 from zoo.search.space import load_space
@@ -58,7 +59,7 @@ FIGURES = {
     "coverage of 90% intervals, at least": (0.85, "at least"),
     "coverage of 90% intervals, at most": (0.95, "at most"),
 }
-CALIBRATION_SECONDS = 280.0
+CALIBRATION_SECONDS = 255.0
 TIMING = {"repeats": 7, "warmup": 1, "min_seconds": 0.05, "max_seconds": 4.0, "settle": 0.02}
 SEED = 4
 
@@ -112,6 +113,18 @@ def models(source: PredictedLatency, count: int, seed: int) -> list[Model]:
         predicted: dict[Phase, LatencyFigure] = {phase: source.latency(spec, context, phase) for phase in phases}
         found.append(Model(space, spec, context, predicted, {p: [] for p in phases}, {p: [] for p in phases}))
     return found
+
+
+def timed_before(found: list[Model], file: Path, sentinel: float) -> None:
+    """Take what was measured from a file of the same draw, at the speed of a calibration with this sentinel."""
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    for model, row in zip(found, recorded, strict=True):
+        if (model.spec.hash, model.context.batch, model.context.seq) != (row["spec"], row["batch"], row["seq"]):
+            raise SystemExit(f"{file} is of other models; give the --seed that it was made with")
+        for phase in model.passes:
+            model.passes[phase] = row["measured"][phase]
+            evened = row["at the speed of the calibration"][phase]
+            model.evened[phase] = [seconds * sentinel / row["sentinel"] for seconds in evened]
 
 
 class Undisturbed:
@@ -219,9 +232,10 @@ def figures(found: list[Model], phase: Phase, evened: bool = False) -> dict[str,
     return dict(zip(FIGURES, map(float, values), strict=True))
 
 
-def facts(model: Model) -> dict[str, Any]:
-    """What is kept of a model, seconds throughout."""
+def facts(model: Model, sentinel: float | None) -> dict[str, Any]:
+    """What is kept of a model and of the calibration that predicted it, seconds throughout."""
     return {
+        "sentinel": sentinel,
         "space": model.space,
         "spec": model.spec.hash,
         "batch": model.context.batch,
@@ -264,20 +278,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--models", type=int, default=100, help="models to draw")
     parser.add_argument("--seed", type=int, default=SEED, help="of the draw")
+    parser.add_argument("--timed", type=Path, help="predict the models of this file anew, and time nothing")
     options = parser.parse_args()
-    found = predictor()
+    found = predictor() if options.timed is None else find_predictor("cpu", threads=1)
+    assert found.sentinel is not None
     source, device = PredictedLatency(found), resolve_device("cpu", 1)
-    all_models, measured = models(source, options.models, options.seed), Undisturbed(device, found)
-    time_all(all_models, measured)
-    rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
-    rows += finalists(source, measured, random.Random(options.seed + 1))
-    rows.append(told("measurements that were disturbed and repeated, share", measured.again / measured.asked))
-    if options.json:
-        options.json.with_name(f"{options.json.stem}-models.json").write_text(
-            json.dumps([facts(model) for model in all_models], indent=1) + "\n"
-        )
+    all_models = models(source, options.models, options.seed)
+    if options.timed is not None:
+        timed_before(all_models, options.timed, found.sentinel)
+        rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
+    else:
+        measured = Undisturbed(device, found)
+        time_all(all_models, measured)
+        rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
+        rows += finalists(source, measured, random.Random(options.seed + 1))
+        rows.append(told("measurements that were disturbed and repeated, share", measured.again / measured.asked))
+        if options.json:
+            options.json.with_name(f"{options.json.stem}-models.json").write_text(
+                json.dumps([facts(model, found.sentinel) for model in all_models], indent=1) + "\n"
+            )
     title = f"latency: {options.models} models of the shipped spaces, one thread; calibrated {found.made['date']} on "
-    title += f"{found.made['samples']} models"
+    title += f"{found.made['samples']} models{', which were timed before' if options.timed else ''}"
     finish(publish(title, rows, options.json))
 
 

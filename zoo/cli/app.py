@@ -352,7 +352,9 @@ def calibrate_device(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time to spend on timing.")] = 280.0,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Time to spend on timing, beside the half minute of probing and fitting.")
+    ] = 255.0,
     prior: Annotated[
         str | None, typer.Option(help="Another device's calibration, with which ten models are a start.")
     ] = None,

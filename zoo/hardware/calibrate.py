@@ -146,7 +146,7 @@ def calibrate(
     log: Path,
     *,
     dtype: str = "float32",
-    seconds: float = 280.0,
+    seconds: float = 255.0,
     prior: Predictor | None = None,
     pool: Pool | None = None,
     seed: int = 0,

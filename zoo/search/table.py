@@ -271,7 +271,8 @@ class CostTable:
 
     def _named(self, values: list[float], work: Workload) -> dict[str, float]:
         counted = figures(Tally._make(values[:TALLY]), work)
-        counted.update(zip(self.extras, values[TALLY:]))
+        if self.extras:
+            counted.update(zip(self.extras, values[TALLY:]))
         return counted
 
     def layout(self, point: Mapping[str, Value]) -> Layout:
