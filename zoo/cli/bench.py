@@ -128,7 +128,10 @@ def _print(found: dict[str, Any], title: str) -> None:
         # A title inside a table would be wrapped at the table's width.
         console().print(title)
         _print_measured(rows, found["unit"])
-        _print_times(rows, found["roofline"])
+        if any(row["predicted"] is not None for row in rows):
+            _print_predicted(rows)
+        if found["roofline"]:
+            _print_least(rows, found["roofline"])
         _print_memory(rows)
     failures = [f"{_called(row)}: {row['failure']}" for row in rows if row["failure"] is not None]
     interrupted = ["interrupted: what is missing was not measured"] if found["interrupted"] else []
@@ -162,22 +165,19 @@ def _print_measured(rows: list[dict[str, Any]], unit: str) -> None:
     print_table("", columns, table, right=range(1, len(columns)))
 
 
-def _print_times(rows: list[dict[str, Any]], bound_by: str | None) -> None:
-    """Predicted and least times, each with its ratio to what was measured, and the share of the peak."""
-    predicting = any(row["predicted"] is not None for row in rows)
-    columns = ["time / measured"]
-    columns += ["predicted", "from", "to", "ratio"] if predicting else []
-    columns += [f"least on {bound_by}", "ratio", "of peak"] if bound_by else []
-    table = []
-    for row in rows:
-        cells = [_called(row)]
-        if predicting:
-            cells += _forecast(row["predicted"], "seconds", "time", row["median"])
-        if bound_by:
-            cells += [_time(row["bound"]), _ratio(row["bound"], row["median"]), _percent(row["share_of_peak"])]
-        table.append(cells)
-    if len(columns) > 1:
-        print_table("", columns, table, right=range(1, len(columns)))
+def _print_predicted(rows: list[dict[str, Any]]) -> None:
+    """Predicted times, each with its interval and its ratio to what was measured."""
+    table = [[_called(row), *_forecast(row["predicted"], "seconds", "time", row["median"])] for row in rows]
+    print_table("", ["time / measured", "predicted", "from", "to", "ratio"], table, right=range(1, 5))
+
+
+def _print_least(rows: list[dict[str, Any]], bound_by: str) -> None:
+    """Least times on a device, each with its ratio to what was measured, and the share of the peak that was reached."""
+    table = [
+        [_called(row), _time(row["bound"]), _ratio(row["bound"], row["median"]), _percent(row["share_of_peak"])]
+        for row in rows
+    ]
+    print_table("", ["time / measured", f"least on {bound_by}", "ratio", "of peak"], table, right=range(1, 4))
 
 
 def _print_memory(rows: list[dict[str, Any]]) -> None:
