@@ -284,13 +284,13 @@ def main() -> None:
     assert found.sentinel is not None
     source, device = PredictedLatency(found), resolve_device("cpu", 1)
     all_models = models(source, options.models, options.seed)
+    measured = Undisturbed(device, found)
     if options.timed is not None:
         timed_before(all_models, options.timed, found.sentinel)
-        rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
     else:
-        measured = Undisturbed(device, found)
         time_all(all_models, measured)
-        rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
+    rows = [row for phase in ("forward", "decode") for row in compared(all_models, phase)]
+    if options.timed is None:
         rows += finalists(source, measured, random.Random(options.seed + 1))
         rows.append(told("measurements that were disturbed and repeated, share", measured.again / measured.asked))
         if options.json:

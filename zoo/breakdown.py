@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from zoo.registry import Role
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
+    from zoo.cost import Operator
 
 PARTS = (Role.STEM, Role.MIXER, Role.CHANNEL, Role.NORM, Role.REDUCE, Role.HEAD)
 """What parameters are counted with: the outermost of these that they stand in, so that norms inside a mixer are its."""
@@ -103,6 +104,12 @@ def weight_bytes(format: str) -> float:
     return weight_bits(format) / 8 + (SCALE_BYTES / GROUP if _is_integer(format) else 0.0)
 
 
+def with_weights_in(operators: Iterable[Operator], format: str, element_bytes: int) -> list[Operator]:
+    """Operators that read their weights in `format`, and all else in elements of so many bytes."""
+    saved = 1 - weight_bytes(format) / element_bytes
+    return [each._replace(traffic=each.traffic - saved * each.weights) for each in operators]
+
+
 def is_quantised(parameter: Parameter) -> bool:
     """Whether an integer format applies to a parameter: matrices and tables."""
     return len(parameter.axes) > 1 and (parameter.decay or parameter.embedding)
@@ -112,9 +119,8 @@ def quantised_traffic(spec: Spec, work: Workload, format: str) -> float:
     """Bytes that a decoding step moves with matrices stored in `format`; activations stay in `work.dtype`."""
     work = work.at(spec.context)
     spec = spec.fill()
-    costs = [place.cost(decoding=True) for place in places(spec, work)]
-    read = sum(piece.weights * piece.calls for cost in costs for piece in cost.operators)
-    return sum(cost.traffic for cost in costs) - read * (1 - weight_bytes(format) / work.element_bytes)
+    operators = [each for place in places(spec, work) for each in place.cost(decoding=True).operators]
+    return sum(each.traffic * each.calls for each in with_weights_in(operators, format, work.element_bytes))
 
 
 def state_by_tensor(spec: Spec, work: Workload | None = None) -> dict[str, int]:

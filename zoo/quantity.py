@@ -85,6 +85,11 @@ def parse_percent(text: str) -> float:
     return _finite(number, text)
 
 
+def finite(value: float) -> float | None:
+    """The value, None where it is infinite, which JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
 def format_quantity(value: float, dimension: Dimension) -> str:
     """A short text for people: three significant digits and the largest unit that is not above the value."""
     if not math.isfinite(value):

@@ -99,7 +99,7 @@ class Sources:
         """A device's calibration, else its peak figures."""
         from zoo.device import is_here, resolve_device
         from zoo.hardware.profile import load_profile, profile_names
-        from zoo.hardware.store import calibrations, find_predictor
+        from zoo.hardware.store import OtherDtypeError, calibrations, find_predictor
 
         if is_here(device):
             resolve_device(device, threads)
@@ -107,8 +107,8 @@ class Sources:
             return cls(predictor=find_predictor(device, dtype, threads), name=device)
         except ZooError as error:
             if device in profile_names() or Path(device).suffix in (".yaml", ".yml"):
-                others = [found for _, found in calibrations() if found.profile.name == device]
-                return cls(profile=load_profile(device), notes=(str(error),) if others else ())
+                notes = (str(error),) if isinstance(error, OtherDtypeError) else ()
+                return cls(profile=load_profile(device), notes=notes)
             if is_here(device):
                 raise ZooError(f"{error}; --measure times this model alone") from None
             if device.endswith(".json"):

@@ -26,10 +26,10 @@ _PHASES: tuple[Phase, ...] = ("forward", "decode", "train")
 def list_devices(as_json: bool) -> None:
     """Print the devices whose figures are shipped, and all calibrations, shipped and one's own."""
     from zoo.hardware.profile import load_profile, profile_names
-    from zoo.hardware.store import calibrations
+    from zoo.hardware.store import calibrations, threads_here
 
     profiles = [load_profile(name) for name in profile_names()]
-    here = _ids_here("cpu")
+    here = threads_here("cpu")
     found = [_calibration(path, predictor, here) for path, predictor in calibrations()]
     if as_json:
         print_json({"devices": [_facts(profile) for profile in profiles], "calibrations": found})
@@ -66,8 +66,10 @@ def _whose(calibration: Mapping[str, Any]) -> str:
 
 def show_device(name: str, costs: bool, as_json: bool) -> None:
     """Print what is known of a device, as the file that says so, how good its calibrations are, and what they found."""
+    from zoo.hardware.store import threads_here
+
     profile, found = _looked_up(name)
-    here = _ids_here("cpu")
+    here = threads_here("cpu")
     facts = [_calibration(path, predictor, here) for path, predictor in found]
     if as_json:
         for (_, predictor), fact in zip(found, facts, strict=True):
@@ -88,12 +90,12 @@ def _looked_up(name: str) -> tuple[Profile, list[tuple[Path, Predictor]]]:
     from zoo.device import is_here
     from zoo.hardware.predictor import load_predictor
     from zoo.hardware.profile import load_profile, profile_names
-    from zoo.hardware.store import calibrations
+    from zoo.hardware.store import calibrations, threads_here
 
     if name.endswith(".json"):
         predictor = load_predictor(Path(name))
         return predictor.profile, [(Path(name), predictor)]
-    here = _ids_here(name) if is_here(name) else {}
+    here = threads_here(name) if is_here(name) else {}
     stored = list(calibrations())
     found = [
         (path, predictor) for path, predictor in stored if predictor.device in here or predictor.profile.name == name
@@ -106,15 +108,6 @@ def _looked_up(name: str) -> tuple[Profile, list[tuple[Path, Predictor]]]:
         known = ["cpu", "cuda", *profile_names(), *(predictor.profile.name for _, predictor in stored)]
         raise ZooError(f"unknown device {name!r}{did_you_mean(name, known)}")
     return load_profile(name), found
-
-
-def _ids_here(name: str) -> dict[str, int]:
-    """The threads that each id of a device of this machine stands for."""
-    from zoo.device import resolve_device
-
-    device = resolve_device(name)
-    counts = range(1, device.cores + 1) if device.kind == "cpu" else (device.threads,)
-    return {resolve_device(name, threads).id: threads for threads in counts}
 
 
 def _calibration(path: Path, predictor: Predictor, here: Mapping[str, int]) -> dict[str, Any]:

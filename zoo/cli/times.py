@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from zoo.cli.output import console, print_table
-from zoo.quantity import Dimension, format_quantity
+from zoo.quantity import Dimension, finite, format_quantity
 
 if TYPE_CHECKING:
     from zoo.accounting import Place, Workload
@@ -218,16 +218,12 @@ def _rows(times: Sequence[Time], layers: bool) -> Iterator[tuple[str, float, flo
 
 def time_facts(found: Times) -> list[dict[str, Any]]:
     """The same for scripts; an interval without an end has None there."""
-    return [{**asdict(time), "high": _finite(time.high)} for time in found.times]
+    return [{**asdict(time), "high": finite(time.high)} for time in found.times]
 
 
 def held_facts(found: Times) -> dict[str, Any]:
     """Bytes held at once, for scripts."""
-    return {phase: {**held._asdict(), "high": _finite(held.high)} for phase, held in found.held.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {phase: {**held._asdict(), "high": finite(held.high)} for phase, held in found.held.items()}
 
 
 def _said(value: float, dimension: Dimension = "time") -> str:

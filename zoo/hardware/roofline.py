@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from zoo.accounting import Place, Workload, places
-from zoo.breakdown import weight_bytes
+from zoo.breakdown import with_weights_in
 from zoo.hardware.features import Phase
 from zoo.hardware.profile import Profile
 from zoo.hardware.work import UPDATE, pieces_of
@@ -67,9 +67,8 @@ def _bounded(spec: Spec, work: Workload, device: Profile, phase: Phase, weights:
 
 def operators(place: Place, work: Workload, phase: Phase, weights: str | None = None) -> list[Operator]:
     """What a device meets of a part whose weights are stored in a format, where nobody trains them."""
-    stored = weight_bytes(weights) / work.element_bytes if weights and phase != "train" else 1.0
     found = [operator for piece in pieces_of(place, phase) for operator in piece.operators]
-    return [each._replace(traffic=each.traffic - (1 - stored) * each.weights) for each in found]
+    return with_weights_in(found, weights, work.element_bytes) if weights and phase != "train" else found
 
 
 def bounded(path: str, operators: Iterable[Operator], device: Profile, dtype: str, phase: Phase) -> Bounded:

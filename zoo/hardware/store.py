@@ -43,6 +43,17 @@ def calibrations() -> Iterator[tuple[Path, Predictor]]:
                 continue
 
 
+def threads_here(name: str) -> dict[str, int]:
+    """The ids of a device of this machine, and the threads that each stands for."""
+    device = resolve_device(name)
+    counts = range(1, device.cores + 1) if device.kind == "cpu" else (device.threads,)
+    return {resolve_device(name, threads).id: threads for threads in counts}
+
+
+class OtherDtypeError(ZooError):
+    """A device that was calibrated, but not in the dtype that is asked for."""
+
+
 def find_predictor(name: str, dtype: str = "float32", threads: int | None = None) -> Predictor:
     """The calibration of this machine's `cpu` or `cuda`, of a stored or shipped name, or of a file.
 
@@ -63,7 +74,7 @@ def find_predictor(name: str, dtype: str = "float32", threads: int | None = None
     names = sorted({predictor.profile.name for _, predictor in stored})
     others = [predictor.dtype for _, predictor in stored if predictor.profile.name == name]
     if others:
-        raise ZooError(f"{name} was calibrated in {', '.join(others)}, not in {dtype}")
+        raise OtherDtypeError(f"{name} was calibrated in {', '.join(others)}, not in {dtype}")
     raise ZooError(f"no calibration of a device {name!r}{did_you_mean(name, ['cpu', 'cuda', *names])}")
 
 
@@ -82,11 +93,7 @@ def _of_this_machine(device: Device, dtype: str) -> Predictor:
         return stored[device.id, dtype]
     options = f" --device {device.name}" if device.name != "cpu" else ""
     options += f" --dtype {dtype}" if dtype != "float32" else ""
-    others = [
-        threads
-        for threads in range(1, device.cores + 1 if device.kind == "cpu" else 1)
-        if (resolve_device(device.name, threads).id, dtype) in stored
-    ]
+    others = [threads for other, threads in threads_here(device.name).items() if (other, dtype) in stored]
     hint = f"; it has one for --threads {' or '.join(map(str, others))}" if others else ""
     raise ZooError(
         f"{device} has no calibration in {dtype}{hint}; `zoo device calibrate{options} --threads {device.threads}` "

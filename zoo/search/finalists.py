@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.latency import LatencySource
-from zoo.quantity import format_quantity
+from zoo.quantity import finite, format_quantity
 from zoo.search.budget import Budget, Term
 from zoo.search.measure import label, told
 from zoo.search.trial import Trial
@@ -92,7 +92,7 @@ def measure_finalist(
         figure=label(term),
         predicted=expected.seconds,
         low=expected.low,
-        high=expected.high if math.isfinite(expected.high) else None,
+        high=finite(expected.high),
         drift=drift,
     )
     try:

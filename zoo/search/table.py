@@ -26,6 +26,7 @@ from operator import itemgetter, or_
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zoo.accounting import MAXIMA, Place, Tally, Workload, figures, metrics, places
 from zoo.component import Component, Scope, Slot, slots
@@ -594,27 +595,30 @@ class CostTable:
                 weights, peak = columns @ view, peaks @ view
                 parts = [(o.sums[keep] @ weights, o.peaks[keep] @ peak) for o, keep in zip(options, kept, strict=True)]
                 _, picks = (largest_sum if largest else smallest_sum)(parts, float(self._floor(layout) @ peak))
-
-                settings = [[o.settings[index] for index in keep] for o, keep in zip(options, kept, strict=True)]
-                changed = self._changed(point, layout, settings, picks)
+                changed = self._changed(point, layout, options, kept, picks)
                 frame = self.frame(changed)
                 if len(views) > 1 and frame is not None:
                     adding = [o.sums[keep] @ columns for o, keep in zip(options, kept, strict=True)]
                     base = (frame[0] @ columns).sum(axis=0)
                     picks = _descended(base, adding, picks, lambda sums: sign * self.made(metric, sums))
-                    changed = self._changed(point, layout, settings, picks)
+                    changed = self._changed(point, layout, options, kept, picks)
                 figures = self.figures(changed)
                 if figures is not None and (best is None or sign * figures[metric] < sign * best[0]):
                     best = figures[metric], changed
         return best
 
     def _changed(
-        self, point: Point, layout: Layout, settings: Sequence[Sequence[Setting]], picks: Sequence[int]
+        self,
+        point: Point,
+        layout: Layout,
+        options: Sequence[Options],
+        kept: Sequence[NDArray[np.int64]],
+        picks: Sequence[int],
     ) -> Point:
-        """The point with the setting of each layer that is picked for it."""
+        """The point with the setting of each layer that is picked of those that are kept for it."""
         changed = dict(point)
-        for unit, theirs, pick in zip(layout.units, settings, picks, strict=True):
-            changed |= {unit.decisions[slot].name: value for slot, value in theirs[pick]}
+        for unit, each, keep, pick in zip(layout.units, options, kept, picks, strict=True):
+            changed |= {unit.decisions[slot].name: value for slot, value in each.settings[keep[pick]]}
         return self.space.normalised(changed)
 
     def frame(self, point: Mapping[str, Value]) -> tuple[Floats, Floats] | None:

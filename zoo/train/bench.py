@@ -6,7 +6,6 @@ Importing this imports no torch: what is asked for is checked first.
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from zoo.hardware.profile import Profile
 from zoo.hardware.roofline import roofline
 from zoo.hardware.work import held_bytes
 from zoo.latency import Case, Clock, Context, LatencyFigure, Timing, kept_memory, measure, pinned_threads
-from zoo.quantity import format_quantity
+from zoo.quantity import finite, format_quantity
 
 if TYPE_CHECKING:
     from zoo.blocks.model import Spec
@@ -225,7 +224,7 @@ def _facts(row: Row, rate: float | None) -> dict[str, Any]:
 
 def _interval(figure: dict[str, Any]) -> dict[str, Any]:
     """A figure whose interval has None for an end that is not known."""
-    return {**figure, "high": figure["high"] if math.isfinite(figure["high"]) else None}
+    return {**figure, "high": finite(figure["high"])}
 
 
 def _lengths(spec: Spec, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
